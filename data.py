@@ -1,0 +1,112 @@
+"""Data for SFT: examples of several forms -> rows of tokens with a mask of those to be trained."""
+
+import random
+
+import torch
+
+from rollouts import Rollouts
+from runtime import UserError
+from tasks import read_examples
+
+
+class Examples:
+    """Examples in the order in which they are trained: a permutation per epoch, by the seed alone.
+
+    `train` and `heldout` are lists of (tokens, mask).
+    """
+
+    def __init__(self, cfg, tokenizer):
+        self.cfg, self.tokenizer, self.order = cfg, tokenizer, (None, [])
+        if cfg.data:
+            rows = read_examples(cfg.data, "train")
+            examples = [self.encode(pieces(r, cfg.data, i)) for i, r in enumerate(rows, start=1)]
+            held = min(cfg.eval_size, len(examples) // 10)
+            self.train, self.heldout = examples[held:], examples[:held]
+        else:  # demonstrations of a task, as many as are asked for: example i is made when it is needed
+            from tasks import load_task
+
+            task, count = load_task(cfg), cfg.steps * cfg.rows_per_step
+            made = [self.encode(task.demonstration(i)) for i in range(cfg.eval_size + count)]
+            self.heldout, self.train = made[: cfg.eval_size], made[cfg.eval_size :]
+        kept = [e for e in self.train if len(e[0]) <= cfg.max_tokens]
+        self.left_out, self.train = len(self.train) - len(kept), kept
+        if not self.train:
+            raise UserError(f"data={cfg.data}: no example has at most max_tokens={cfg.max_tokens} tokens")
+
+    def encode(self, text: list[tuple[str, bool]] | list[dict]) -> tuple[list[int], list[bool]]:
+        """Pieces of (text, trained) and a trained EOS behind them; or chat messages by the template."""
+        if text and isinstance(text[0], dict):
+            return self.encode_chat(text)
+        tokens, mask = [], []
+        for piece, trained in text:  # the first piece gets the tokenizer's own BOS, as the generator's prompts do
+            ids = self.tokenizer.encode(piece, add_special_tokens=not tokens)
+            tokens, mask = tokens + ids, mask + [trained] * len(ids)
+        return tokens + [self.tokenizer.eos_token_id], mask + [True]
+
+    def encode_chat(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
+        """The model's own template; what it adds for an assistant message, behind its generation prompt, is trained."""
+
+        def template(upto: int, prompt: bool) -> list[int]:
+            return self.tokenizer.apply_chat_template(
+                messages[:upto], add_generation_prompt=prompt, return_dict=True
+            )["input_ids"]
+
+        tokens, mask = [], []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, after = template(i, True), template(i + 1, False)
+            if after[: len(before)] != before or before[: len(tokens)] != tokens:
+                raise UserError("this chat template rewrites earlier turns, so that no prefix of it can be trained")
+            mask += [False] * (len(before) - len(tokens)) + [True] * (len(after) - len(before))
+            tokens = after
+        return tokens, mask
+
+    def heldout_table(self, world) -> Rollouts:
+        """All held-out examples as a table, on the first trainer."""
+        return table(self.heldout, 0) if world.writes and self.heldout else Rollouts()
+
+    def batch(self, step: int, world) -> Rollouts:
+        """The rows of a step as a table, on the first trainer; no rows elsewhere. `gather` deals them out."""
+        if not world.writes:
+            return Rollouts()
+        rows = []
+        for slot in range(self.cfg.rows_per_step):
+            epoch, place = divmod(step * self.cfg.rows_per_step + slot, len(self.train))
+            if self.order[0] != epoch:
+                rng = random.Random(f"{self.cfg.seed}/epoch {epoch}")
+                self.order = epoch, rng.sample(range(len(self.train)), len(self.train))
+            rows.append(self.train[self.order[1][place]])
+        return table(rows, step)
+
+
+def pieces(example: dict, source: str, line: int) -> list:
+    """`messages`, or `prompt` with `completion` (or `answer`) -> what `Examples.encode` takes."""
+    if "messages" in example:
+        return example["messages"]
+    if "prompt" in example and ("completion" in example or "answer" in example):
+        return [(example["prompt"], False), (str(example.get("completion", example.get("answer"))), True)]
+    raise UserError(f"{source}, row {line}: needs 'messages', or 'prompt' and 'completion'; has {sorted(example)}")
+
+
+def table(rows: list[tuple[list[int], list[bool]]], step: int) -> Rollouts:
+    """(tokens, mask) rows -> table. What only RL has (log-probs, versions, advantages, rewards) is zero."""
+    n, t = len(rows), max(len(tokens) for tokens, _ in rows)
+    tokens, mask = torch.zeros(n, t, dtype=torch.int64), torch.zeros(n, t, dtype=torch.bool)
+    for i, (ids, trained) in enumerate(rows):
+        tokens[i, : len(ids)], mask[i, : len(ids)] = torch.tensor(ids), torch.tensor(trained)
+    mask[:, 0] = False  # nothing comes before the first token
+    return Rollouts(
+        index=step * 2**32 + torch.arange(n),
+        reply=torch.zeros(n, dtype=torch.int64),
+        length=torch.tensor([len(ids) for ids, _ in rows]),
+        sampled=mask.sum(1),
+        weight=torch.ones(n),
+        finished=torch.ones(n, dtype=torch.bool),
+        reward=torch.zeros(n),
+        tokens=tokens,
+        mask=mask,
+        logprobs=torch.zeros(n, t),
+        version=torch.full((n, t), -1, dtype=torch.int32),
+        advantage=torch.zeros(n, t),
+    )

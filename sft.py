@@ -1,0 +1,90 @@
+"""SFT: make the given replies likelier. The loop of grpo.py without a generator; `diff sft.py grpo.py` is what RL adds.
+
+    torchrun --nproc_per_node=2 sft.py                                # makes the model of grpo.py's default from nothing
+    torchrun --nproc_per_node=8 sft.py --model=Qwen/Qwen3-0.6B --data=chat.jsonl --random_init=false
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import AutoTokenizer
+
+import weights
+from data import Examples
+from model import check_config
+from rollouts import gather
+from runtime import UserError, launch
+from trainer import Trainer
+
+
+@dataclass
+class Config:
+    """Supervised fine-tuning with FSDP2. YAML by --config overrides defaults, --key=value overrides YAML."""
+
+    run_dir: str = "runs/sft"  # this run's own folder
+    seed: int = 0  # of the order of examples and of random weights
+    steps: int = 900  # optimizer steps = batches
+    model: str = "assets/calculator"  # local folder, hub name, or hf://org/name
+    random_init: bool = True  # start from random weights of the model's shape; false: from its weights
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of the computation; auto: bfloat16 on GPUs, float32 on CPUs; master weights are float32
+    # what is learned from
+    data: str = ""  # file, folder or hub name with `messages` or `prompt` and `completion`; empty: the task's demonstrations
+    task: str = "calculator"  # whose demonstrations
+    rows_per_step: int = 64  # examples in a batch
+    max_tokens: int = 64  # longer examples are left out and counted
+    # how
+    lr: float = 2e-3  # peak learning rate
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
+    lr_min_ratio: float = 0.0  # share of the peak at the last step
+    warmup_steps: int = 20  # of linear warm-up
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.98  # AdamW
+    weight_decay: float = 0.01  # AdamW
+    max_grad_norm: float = 1.0  # the gradient is clipped to this norm; 0: not
+    tokens_per_microbatch: int = 4096  # packed tokens of one forward and backward
+    head_chunk: int = 4096  # positions whose logits exist at once; 0: all
+    activation_checkpointing: bool = False  # recompute layers in the backward: less memory, a third more time
+    compile: bool = False  # torch.compile each layer
+    # what is judged and kept
+    eval_every: int = 100  # steps between evaluations of the held-out loss; 0: never
+    eval_size: int = 256  # held-out examples
+    save_every: int = 0  # steps between checkpoints; 0: only when the run is stopped
+    resume: str = "no"  # no, auto (newest checkpoint of run_dir), or a checkpoint's folder
+
+
+def check(cfg: Config, world):
+    """Settings that cannot work together. UserError with one sentence, before anything is loaded."""
+    for name in ("rows_per_step", "max_tokens", "tokens_per_microbatch"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"{name}={getattr(cfg, name)}: must be at least 1")
+    cfg.model = cfg.model.removeprefix("hf://")
+    check_config(cfg.model)
+
+
+def sft_loss(logprobs, rows, cfg):
+    """(B, T) log-probs -> minus their sum over the trained tokens (cross-entropy)."""
+    return -(logprobs * rows.mask * rows.weight[:, None]).sum(), {}
+
+
+def main(cfg: Config, world, run):
+    """The loop: the same lines on every rank."""
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+    data = Examples(cfg, tokenizer)
+    trainer = Trainer(cfg, world, tokenizer)
+    heldout = gather(data.heldout_table(world), world, cfg.tokens_per_microbatch)
+    start = run.resume(trainer)
+
+    for step in range(start, cfg.steps):
+        rollouts = gather(data.batch(step, world), world, cfg.tokens_per_microbatch)  # each trainer gets its share
+        if rollouts.stop:
+            return run.stopped(trainer, step)
+        metrics = trainer.step(rollouts, sft_loss)
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and len(data.heldout):
+            metrics["eval_loss"] = trainer.evaluate(heldout, sft_loss)
+        run.log(step, metrics, rollouts)
+        run.save(trainer, step + 1)
+    weights.export(trainer, run.folder / "model", world)
+
+
+if __name__ == "__main__":
+    launch(main, Config, check)

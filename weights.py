@@ -1,0 +1,131 @@
+"""Weights leave the trainers as one stream of (name, full tensor): to the generators (`sync`), to a folder (`export`)."""
+
+import json
+import pathlib
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass
+class Tensor:
+    name: str  # as in the Hugging Face checkpoint
+    shape: tuple[int, ...]
+    start: int  # in elements, within its bucket
+
+
+def stream(trainer):
+    """Yield (Hugging Face name, full tensor on this trainer's device) for each parameter. Collective over trainers.
+
+    A tied head is not a parameter of its own and does not appear.
+    """
+    for name, p in trainer.policy.named_parameters():
+        yield name.removeprefix("lm."), p.detach().full_tensor()
+
+
+def plan_buckets(trainer, limit: int) -> list[list[Tensor]]:
+    """The stream cut into buckets of at most `limit` elements (a larger tensor is a bucket of its own)."""
+    buckets, room = [], 0
+    for name, p in trainer.policy.named_parameters():
+        if not buckets or p.numel() > room:
+            buckets.append([])
+            room, start = limit, 0
+        buckets[-1].append(Tensor(name.removeprefix("lm."), tuple(p.shape), start))
+        start, room = start + p.numel(), room - p.numel()
+    return buckets
+
+
+def numel(shape) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """Sum of the bit patterns: any changed bit changes it, and a fused tensor's is the sum of its parts'."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.contiguous().view(bits).long().sum())
+
+
+def buckets_through(trainer, generator, world, dtype):
+    """Every bucket, once, as {name: view of a flat tensor} on the ranks that carry weights. Collective."""
+    tensors = stream(trainer) if world.trains else None
+    for bucket in world.buckets:
+        size = bucket[-1].start + numel(bucket[-1].shape)
+        flat = torch.empty(size, dtype=dtype, device=world.device)
+        views = {t.name: flat[t.start : t.start + numel(t.shape)].view(t.shape) for t in bucket}
+        if world.trains:
+            for t in bucket:
+                name, full = next(tensors)
+                assert name == t.name, f"the stream is at {name}, the plan at {t.name}"
+                views[name].copy_(full)  # casts to the engine's type
+        if world.carries_weights:
+            dist.broadcast(flat, src=world.first_trainer, group=world.weights)
+        yield views
+
+
+def sync(trainer, generator, world):
+    """Trainers' weights -> every engine, between two engine steps. Collective. The engines' version goes up by one.
+
+    Flat buckets, one broadcast each, from the first trainer to all generator ranks; vLLM's own loaders copy the views
+    in place (fused and tensor-parallel layers included), so captured graphs stay valid. Colocated ranks keep what
+    their own all-gather gave. With check_weights the stream is sent twice: see `check`.
+    """
+    generator.finish_evaluation()
+    world.arrive("sync")
+    with world.span("sync"):
+        if not hasattr(world, "buckets"):
+            limit = generator.cfg.sync_bucket_mb * 2**20 // generator.dtype.itemsize
+            world.buckets = world.agree(plan_buckets(trainer, limit) if world.trains else None)
+        for views in buckets_through(trainer, generator, world, generator.dtype):
+            generator.load(views)
+        generator.new_version()
+    if generator.cfg.check_weights:
+        with world.span("check"):
+            check(trainer, generator, world)
+
+
+def check(trainer, generator, world):
+    """Prove the sync: each tensor arrived bit-equal, and a second load into poisoned memory gives the same bits.
+
+    The poison (NaN) shows that the stream touches every element of every parameter of the engine; the equal checksums,
+    that loading is a function of the stream alone. Collective.
+    """
+    before = {name: checksum(p) for name, p in generator.parameters()}
+    for _, p in generator.parameters():
+        p.data.fill_(float("nan"))
+    sums = {}
+    for views in buckets_through(trainer, generator, world, generator.dtype):
+        sums |= {name: checksum(v) for name, v in views.items()}
+        generator.load(views)
+    sent = world.agree(sums)
+    if world.generates:
+        bad = [name for name in sent if sums[name] != sent[name]]
+        untouched = [name for name, p in generator.parameters() if bool(p.isnan().any())]
+        changed = [name for name, p in generator.parameters() if checksum(p) != before[name]]
+        if bad or untouched or changed:
+            raise RuntimeError(f"weights after sync: {bad=} on the wire, {untouched=} by the stream, {changed=} by reload")
+
+
+def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torch.float32):
+    """Write a Hugging Face folder (safetensors, config, tokenizer) that transformers and vLLM load. Collective."""
+    from huggingface_hub import save_torch_state_dict
+
+    if not world.trains:
+        return
+    tensors = {}
+    for name, full in stream(trainer):
+        if world.writes:
+            tensors[name] = full.to("cpu", dtype)
+    if world.writes:
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = trainer.policy.lm.config
+        config.dtype = dtype
+        config.save_pretrained(folder)
+        settings = json.loads((folder / "config.json").read_text())
+        settings.pop("_attn_implementation", None)
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        trainer.policy.lm.generation_config.save_pretrained(folder)
+        save_torch_state_dict(tensors, folder)
+        if trainer.tokenizer is not None:
+            trainer.tokenizer.save_pretrained(folder)
