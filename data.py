@@ -6,32 +6,40 @@ import torch
 
 from rollouts import Rollouts
 from runtime import UserError
-from tasks import read_examples
+from tasks import load_task, read_examples
 
 
 class Examples:
-    """Examples in the order in which they are trained: a permutation per epoch, by the seed alone.
-
-    `train` and `heldout` are lists of (tokens, mask).
-    """
+    """What is trained, in which order: example i of a file by a permutation per epoch, or demonstration i of a task."""
 
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer, self.order = cfg, tokenizer, (None, [])
-        if cfg.data:
-            rows = read_examples(cfg.data, "train")
-            examples = [self.encode(pieces(r, cfg.data, i)) for i, r in enumerate(rows, start=1)]
-            held = min(cfg.eval_size, len(examples) // 10)
-            self.train, self.heldout = examples[held:], examples[:held]
-        else:  # demonstrations of a task, as many as are asked for: example i is made when it is needed
-            from tasks import load_task
-
-            task, count = load_task(cfg), cfg.steps * cfg.rows_per_step
-            made = [self.encode(task.demonstration(i)) for i in range(cfg.eval_size + count)]
-            self.heldout, self.train = made[: cfg.eval_size], made[cfg.eval_size :]
-        kept = [e for e in self.train if len(e[0]) <= cfg.max_tokens]
-        self.left_out, self.train = len(self.train) - len(kept), kept
+        if not cfg.data:
+            self.task, self.left_out = load_task(cfg), 0
+            if not hasattr(self.task, "demonstration"):
+                raise UserError(f"task={cfg.task} has no demonstrations to learn from: give --data")
+            self.heldout = [self.demonstration("heldout", i, 1.0) for i in range(cfg.eval_size)]
+            return
+        rows = read_examples(cfg.data, "train")
+        examples = [self.encode(pieces(r, cfg.data, i)) for i, r in enumerate(rows, start=1)]
+        kept = [e for e in examples if len(e[0]) <= cfg.max_tokens]
+        self.left_out, held = len(examples) - len(kept), min(cfg.eval_size, len(kept) // 10)
+        self.heldout, self.train = kept[:held], kept[held:]
         if not self.train:
             raise UserError(f"data={cfg.data}: no example has at most max_tokens={cfg.max_tokens} tokens")
+
+    def demonstration(self, split: str, i: int, progress: float):
+        return self.encode(self.task.demonstration(f"{self.cfg.seed}/{split}/{i}", progress))
+
+    def example(self, i: int) -> tuple[list[int], list[bool]]:
+        """(tokens, mask) of the i-th example that is trained: by the seed and i alone, so a resumed run goes on."""
+        if not self.cfg.data:
+            return self.demonstration("train", i, i / (self.cfg.steps * self.cfg.rows_per_step))
+        epoch, place = divmod(i, len(self.train))
+        if self.order[0] != epoch:
+            rng = random.Random(f"{self.cfg.seed}/epoch {epoch}")
+            self.order = epoch, rng.sample(range(len(self.train)), len(self.train))
+        return self.train[self.order[1][place]]
 
     def encode(self, text: list[tuple[str, bool]] | list[dict]) -> tuple[list[int], list[bool]]:
         """Pieces of (text, trained) and a trained EOS behind them; or chat messages by the template."""
@@ -70,13 +78,8 @@ class Examples:
         """The rows of a step as a table, on the first trainer; no rows elsewhere. `gather` deals them out."""
         if not world.writes:
             return Rollouts()
-        rows = []
-        for slot in range(self.cfg.rows_per_step):
-            epoch, place = divmod(step * self.cfg.rows_per_step + slot, len(self.train))
-            if self.order[0] != epoch:
-                rng = random.Random(f"{self.cfg.seed}/epoch {epoch}")
-                self.order = epoch, rng.sample(range(len(self.train)), len(self.train))
-            rows.append(self.train[self.order[1][place]])
+        first = step * self.cfg.rows_per_step
+        rows = [self.example(i) for i in range(first, first + self.cfg.rows_per_step)]
         return table(rows, step)
 
 

@@ -169,6 +169,8 @@ class Generator:
                 gpu_memory_utilization=self.cfg.gpu_memory_utilization,
                 enforce_eager=self.cfg.enforce_eager or not self.world.cuda,
                 logprobs_mode="processed_logprobs",
+                # A prompt cut in two makes vLLM rewind the row's random state, which its CPU build cannot do.
+                enable_chunked_prefill=self.world.cuda,
                 async_scheduling=False,  # one batch at a time: the border between two versions is exact
                 disable_log_stats=True,
             )
@@ -301,6 +303,7 @@ class Generator:
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
+            skip_clone=True,  # the object is this request's own
             output_kind=self.final,
         )
         # The salt keeps a new request from reading cache blocks that other weights filled.
@@ -413,8 +416,10 @@ class Generator:
         with self.world.span("collect"):
             self.run_until(lambda: self.world.stopping or (self.batch > step and not self.open.get(step)))
             rows = [] if self.world.stopping or not self.world.leads else self.complete.pop(step, [])
+            rows.sort(key=lambda row: row.key)
             table = from_rows(rows, [f.__name__ for f in self.task.rewards]) if rows else Rollouts()
-            table.info = {"samples": [self.sample(r) for r in rows[: self.cfg.log_samples]], **self.report()}
+            samples = [self.sample(i, row) for i, row in enumerate(rows[: self.cfg.log_samples])]
+            table.info = {"samples": samples, **self.report()}
             return table
 
     def report(self) -> dict:
@@ -423,9 +428,9 @@ class Generator:
         self.notes, self.evaluations = [], []
         return told
 
-    def sample(self, row: Row) -> dict:
+    def sample(self, i: int, row: Row) -> dict:
         problem = {k: v for k, v in row.episode.problem.items() if k != "tokens"}
-        about = {"slot": row.slot, "reply": row.reply, "finished": row.finished, "version": max(row.version)}
+        about = {"row": i, "slot": row.slot, "reply": row.reply, "finished": row.finished, "version": max(row.version)}
         return {**about, "problem": problem, "turns": row.episode.turns, "rewards": row.rewards}
 
     def finish_evaluation(self):

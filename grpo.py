@@ -80,6 +80,7 @@ class Config:
     eval_samples: int = 1  # 1: greedy; more: that many samples at `temperature`
     save_every: int = 0  # steps between checkpoints; 0: only when the run is stopped
     resume: str = "no"  # no, auto (newest checkpoint of run_dir), or a checkpoint's folder
+    save_rollouts: bool = False  # keep every step's table in run_dir/rollouts/
     log_samples: int = 2  # rows of each engine and step that go to samples.jsonl
 
 

@@ -68,7 +68,7 @@ def mismatch(logprobs: torch.Tensor, rows) -> dict[str, torch.Tensor]:
     """
     keep = rows.mask * rows.weight[:, None]
     d = (logprobs - rows.logprobs).double() * keep
-    return {"mismatch_kl": (d.clamp(-20, 20).expm1() - d).sum(), "mismatch_abs": d.abs().sum()}
+    return {"mismatch_kl": (d.clamp(-20, 20).expm1() - d).sum(), "mismatch_abs": d.abs().sum(), "mismatch_max": d.abs().max()}
 
 
 LOSSES = {"grpo": grpo}

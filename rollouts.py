@@ -8,10 +8,13 @@ import dataclasses
 import heapq
 import json
 import math
+import pathlib
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 SMALL = {  # the (N,) columns, in the order in which they travel
     "index": torch.int64,
@@ -70,7 +73,25 @@ class Rollouts:
         at = torch.tensor(rows, dtype=torch.long)
         width = int(self.length[at].max()) if rows else 0
         cut = {k: (v[at, :width] if v.dim() == 2 else v[at]).to(device) for k, v in self.columns().items()}
-        return Rollouts(**cut)
+        return Rollouts(**cut, rewards={k: v[at] for k, v in self.rewards.items()})
+
+    def save(self, path: pathlib.Path):
+        """All columns as one safetensors file (`load_rollouts` reads a folder of them)."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        named = {f"rewards/{k}": v for k, v in self.rewards.items()}
+        save_file({k: v.contiguous() for k, v in {**self.columns(), **named}.items()}, path)
+
+
+def load_rollouts(folder: str | pathlib.Path) -> Rollouts:
+    """The table of one step that `--save_rollouts` left: every trainer's rows, sorted by (index, reply)."""
+    parts = [load_file(p) for p in sorted(pathlib.Path(folder).glob("*.safetensors"))]
+    width = max(p["tokens"].shape[1] for p in parts)
+    wide = [{k: F.pad(v, (0, width - v.shape[1])) if v.dim() == 2 else v for k, v in p.items()} for p in parts]
+    columns = {k: torch.cat([p[k] for p in wide]) for k in wide[0]}
+    order = sorted(range(len(columns["index"])), key=lambda i: (columns["index"][i], columns["reply"][i]))
+    columns = {k: v[order] for k, v in columns.items()}
+    rewards = {k.removeprefix("rewards/"): columns.pop(k) for k in list(columns) if k.startswith("rewards/")}
+    return Rollouts(**columns, rewards=rewards)
 
 
 def from_rows(rows: list, reward_names: list[str]) -> Rollouts:
@@ -114,7 +135,7 @@ def pack(lengths: list[int], num_trainers: int, budget: int) -> list[list[list[i
     Every rank computes the same plan from the same lengths, so nothing needs to be agreed on.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    per_trainer = max(1, math.ceil(sum(lengths) / (budget * num_trainers)))
+    per_trainer = max(1, math.ceil(sum(min(n, budget) for n in lengths) / (budget * num_trainers)))
     while True:
         bins = [[] for _ in range(per_trainer * num_trainers)]
         heap = [(0, b) for b in range(len(bins))]
@@ -173,6 +194,9 @@ def gather(rollouts: Rollouts, world, tokens_per_microbatch: int) -> Rollouts:
     with world.span("gather"):
         group, size, me = world.control, world.size, world.rank
         mine = rollouts if world.leads else Rollouts(info=rollouts.info)  # an engine speaks through its first rank
+        for sample in mine.info.get("samples", []):  # its mean over the sampled tokens
+            row = sample["row"]
+            sample["advantage"] = float(mine.advantage[row].sum() / max(int(mine.sampled[row]), 1))
         info = {"rank": me, "clock": world.clock, "spans": world.spans, "rewards": list(mine.rewards), **mine.info}
         world.clock, world.spans = {}, []
         info = torch.frombuffer(bytearray(json.dumps(info).encode()), dtype=torch.uint8)

@@ -278,6 +278,8 @@ class Run:
 
     def log(self, step: int, metrics: dict, rollouts):
         """Write one step: metrics, samples, finished evaluations and the spans of every rank. No collective."""
+        if metrics and getattr(self.cfg, "save_rollouts", False) and len(rollouts):
+            rollouts.save(self.folder / "rollouts" / str(step) / f"rank{self.world.rank}.safetensors")
         if not self.world.writes:
             return
         times = self.times(rollouts.infos)

@@ -23,13 +23,14 @@ class Config:
 
     run_dir: str = "runs/sft"  # this run's own folder
     seed: int = 0  # of the order of examples and of random weights
-    steps: int = 900  # optimizer steps = batches
+    steps: int = 700  # optimizer steps = batches
     model: str = "assets/calculator"  # local folder, hub name, or hf://org/name
     random_init: bool = True  # start from random weights of the model's shape; false: from its weights
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of the computation; auto: bfloat16 on GPUs, float32 on CPUs; master weights are float32
     # what is learned from
     data: str = ""  # file, folder or hub name with `messages` or `prompt` and `completion`; empty: the task's demonstrations
     task: str = "calculator"  # whose demonstrations
+    task_data: str = ""  # folder, file or hub name for tasks that read data
     rows_per_step: int = 64  # examples in a batch
     max_tokens: int = 64  # longer examples are left out and counted
     # how

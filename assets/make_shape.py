@@ -22,7 +22,7 @@ Qwen3Config(
     vocab_size=len(characters),
     hidden_size=128,
     intermediate_size=384,
-    num_hidden_layers=4,
+    num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=32,

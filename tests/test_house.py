@@ -1,0 +1,54 @@
+"""The plan of the house: who imports whom, and how long a file may be."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "report")
+MAY_IMPORT = {
+    "runtime": set(),
+    "losses": set(),
+    "tasks": {"runtime"},  # for UserError alone
+    "rollouts": set(),
+    "model": {"runtime"},
+    "trainer": {"runtime", "rollouts", "model"},
+    "generator": {"runtime", "rollouts", "tasks"},
+    "weights": set(),  # it is handed the trainer and the generator
+    "data": {"runtime", "rollouts", "tasks"},
+    "grpo": set(CORE) - {"sft"},
+    "sft": set(CORE) - {"grpo", "generator", "losses"},
+}
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_arrows_between_files(name):
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {a.name.partition(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.partition(".")[0])
+    assert imported & set(CORE) <= MAY_IMPORT[name]
+
+
+def test_budget():
+    count = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in CORE}
+    assert sum(count.values()) <= 3300 and max(count.values()) <= 500, count
+
+
+def test_only_runtime_reads_ranks():
+    for name in set(CORE) - {"runtime", "generator"}:  # the generator shows vLLM a world of its own
+        assert "get_rank" not in (ROOT / f"{name}.py").read_text()
+
+
+def test_every_setting_has_a_meaning():
+    import dataclasses
+
+    import grpo
+    import sft
+    from runtime import setting_help
+
+    for script in (grpo, sft):
+        missing = {f.name for f in dataclasses.fields(script.Config)} - setting_help(script.Config).keys()
+        assert not missing, f"{script.__name__}.py: no comment behind {missing}"
