@@ -10,7 +10,9 @@ from tasks import load_task, read_examples
 
 
 class Examples:
-    """What is trained, in which order: example i of a file by a permutation per epoch, or demonstration i of a task."""
+    """What is trained, in which order: example i of a file by a permutation per epoch, or
+    demonstration i of a task.
+    """
 
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer, self.order = cfg, tokenizer, (None, [])
@@ -26,13 +28,17 @@ class Examples:
         self.left_out, held = len(examples) - len(kept), min(cfg.eval_size, len(kept) // 10)
         self.heldout, self.train = kept[:held], kept[held:]
         if not self.train:
-            raise UserError(f"data={cfg.data}: no example has at most max_tokens={cfg.max_tokens} tokens")
+            raise UserError(
+                f"data={cfg.data}: no example has at most max_tokens={cfg.max_tokens} tokens"
+            )
 
     def demonstration(self, split: str, i: int, progress: float):
         return self.encode(self.task.demonstration(f"{self.cfg.seed}/{split}/{i}", progress))
 
     def example(self, i: int) -> tuple[list[int], list[bool]]:
-        """(tokens, mask) of the i-th example that is trained: by the seed and i alone, so a resumed run goes on."""
+        """(tokens, mask) of the i-th example that is trained: by the seed and i alone, so a resumed
+        run goes on.
+        """
         if not self.cfg.data:
             return self.demonstration("train", i, i / (self.cfg.steps * self.cfg.rows_per_step))
         epoch, place = divmod(i, len(self.train))
@@ -42,17 +48,24 @@ class Examples:
         return self.train[self.order[1][place]]
 
     def encode(self, text: list[tuple[str, bool]] | list[dict]) -> tuple[list[int], list[bool]]:
-        """Pieces of (text, trained) and a trained EOS behind them; or chat messages by the template."""
+        """Pieces of (text, trained) and a trained EOS behind them; or chat messages by the
+        template.
+        """
         if text and isinstance(text[0], dict):
             return self.encode_chat(text)
         tokens, mask = [], []
-        for piece, trained in text:  # the first piece gets the tokenizer's own BOS, as the generator's prompts do
+        for (
+            piece,
+            trained,
+        ) in text:  # the first piece gets the tokenizer's own BOS, as the generator's prompts do
             ids = self.tokenizer.encode(piece, add_special_tokens=not tokens)
             tokens, mask = tokens + ids, mask + [trained] * len(ids)
         return tokens + [self.tokenizer.eos_token_id], mask + [True]
 
     def encode_chat(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
-        """The model's own template; what it adds for an assistant message, behind its generation prompt, is trained."""
+        """The model's own template; what it adds for an assistant message, behind its generation
+        prompt, is trained.
+        """
 
         def template(upto: int, prompt: bool) -> list[int]:
             return self.tokenizer.apply_chat_template(
@@ -65,7 +78,9 @@ class Examples:
                 continue
             before, after = template(i, True), template(i + 1, False)
             if after[: len(before)] != before or before[: len(tokens)] != tokens:
-                raise UserError("this chat template rewrites earlier turns, so that no prefix of it can be trained")
+                raise UserError(
+                    "this chat template rewrites earlier turns: no prefix of it can be trained"
+                )
             mask += [False] * (len(before) - len(tokens)) + [True] * (len(after) - len(before))
             tokens = after
         return tokens, mask
@@ -75,7 +90,9 @@ class Examples:
         return table(self.heldout, 0) if world.writes and self.heldout else Rollouts()
 
     def batch(self, step: int, world) -> Rollouts:
-        """The rows of a step as a table, on the first trainer; no rows elsewhere. `gather` deals them out."""
+        """The rows of a step as a table, on the first trainer; no rows elsewhere. `gather` deals
+        them out.
+        """
         if not world.writes:
             return Rollouts()
         first = step * self.cfg.rows_per_step
@@ -88,12 +105,19 @@ def pieces(example: dict, source: str, line: int) -> list:
     if "messages" in example:
         return example["messages"]
     if "prompt" in example and ("completion" in example or "answer" in example):
-        return [(example["prompt"], False), (str(example.get("completion", example.get("answer"))), True)]
-    raise UserError(f"{source}, row {line}: needs 'messages', or 'prompt' and 'completion'; has {sorted(example)}")
+        return [
+            (example["prompt"], False),
+            (str(example.get("completion", example.get("answer"))), True),
+        ]
+    raise UserError(
+        f"{source}, row {line}: no 'messages', and no 'prompt' with 'completion': {sorted(example)}"
+    )
 
 
 def table(rows: list[tuple[list[int], list[bool]]], step: int) -> Rollouts:
-    """(tokens, mask) rows -> table. What only RL has (log-probs, versions, advantages, rewards) is zero."""
+    """(tokens, mask) rows -> table. What only RL has (log-probs, versions, advantages, rewards) is
+    zero.
+    """
     n, t = len(rows), max(len(tokens) for tokens, _ in rows)
     tokens, mask = torch.zeros(n, t, dtype=torch.int64), torch.zeros(n, t, dtype=torch.bool)
     for i, (ids, trained) in enumerate(rows):

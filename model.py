@@ -1,9 +1,11 @@
-"""The policy: a Hugging Face causal LM under FSDP2, fed with packed rows, that answers with log-probs.
+"""The policy: a Hugging Face causal LM under FSDP2, fed with packed rows, that answers with
+log-probs.
 
-Rows lie one behind the other in a single sequence without padding; attention keeps them apart. The head never holds
-all logits: it goes through the sampled positions in chunks, forward and backward.
+Rows lie one behind the other in a single sequence without padding; attention keeps them apart. The
+head never holds all logits: it goes through the sampled positions in chunks, forward and backward.
 """
 
+import pathlib
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+)
 
 from runtime import UserError
 
@@ -24,14 +31,18 @@ class Pack:
 
     starts: torch.Tensor  # (B + 1,) int32: where each row starts, and the end
     longest: int
-    slot: torch.Tensor  # (sum of lengths,) int64: place of each token in the padded (B * longest) layout
+    slot: (
+        torch.Tensor
+    )  # (sum of lengths,) int64: place of each token in the padded (B * longest) layout
 
 
 def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack = None, **kwargs):
-    """(1, H, tokens, D) queries, (1, H_kv, tokens, D) keys and values -> (1, tokens, H, D): causal within each row.
+    """(1, H, tokens, D) queries, (1, H_kv, tokens, D) keys and values -> (1, tokens, H, D): causal
+    within each row.
 
-    CUDA: flash attention over the packed layout. CPU: rows are laid out padded for this one operation, because
-    attention over the whole pack would cost tokens^2; the padding is at the end, where causality hides it.
+    CUDA: flash attention over the packed layout. CPU: rows are laid out padded for this one
+    operation, because attention over the whole pack would cost tokens^2; the padding is at the end,
+    where causality hides it.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, H, D)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
@@ -40,7 +51,15 @@ def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack =
         groups = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v)) if groups > 1 else (k, v)
         out = varlen_attn(
-            q, k, v, pack.starts, pack.starts, pack.longest, pack.longest, scale=scaling, window_size=(-1, 0)
+            q,
+            k,
+            v,
+            pack.starts,
+            pack.starts,
+            pack.longest,
+            pack.longest,
+            scale=scaling,
+            window_size=(-1, 0),
         )
         return out[None], None
     rows = len(pack.starts) - 1
@@ -50,25 +69,33 @@ def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack =
         return out.view(rows, pack.longest, *x.shape[1:]).transpose(1, 2)
 
     gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(padded(q), padded(k), padded(v), is_causal=True, scale=scaling, enable_gqa=gqa)
+    out = F.scaled_dot_product_attention(
+        padded(q), padded(k), padded(v), is_causal=True, scale=scaling, enable_gqa=gqa
+    )
     return out.transpose(1, 2).flatten(0, 1)[pack.slot][None], None
 
 
 AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)  # rows are told apart by Pack, not by a mask
+AttentionMaskInterface.register(
+    "packed", lambda *args, **kwargs: None
+)  # rows are told apart by Pack, not by a mask
 
 # ---------------------------------------------------------------- head
 
 
 def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b with the result in (at least) float32, also from bf16 inputs: logits must not be rounded to bf16."""
+    """a @ b with the result in (at least) float32, also from bf16 inputs: logits must not be
+    rounded to bf16.
+    """
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 class ChunkedHead(torch.autograd.Function):
-    """log p(target) and entropy from hidden states, `chunk` positions at a time; backward computes the logits again."""
+    """log p(target) and entropy from hidden states, `chunk` positions at a time; backward computes
+    the logits again.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
@@ -93,7 +120,9 @@ class ChunkedHead(torch.autograd.Function):
         for at in torch.arange(len(targets), device=hidden.device).split(ctx.chunk):
             a, b = int(at[0]), int(at[-1]) + 1
             h, g = hidden[a:b], grad[a:b, None]
-            d_logits = matmul_fp32(h, weight.T).div_(ctx.temperature).softmax(-1).mul_(-g)  # (chunk, V)
+            d_logits = (
+                matmul_fp32(h, weight.T).div_(ctx.temperature).softmax(-1).mul_(-g)
+            )  # (chunk, V)
             d_logits.scatter_add_(1, targets[a:b, None], g.to(d_logits.dtype)).div_(ctx.temperature)
             d_logits = d_logits.to(weight.dtype)
             d_hidden[a:b] = d_logits @ weight
@@ -118,14 +147,21 @@ def head_logprobs(hidden, weight, targets, temperature: float, chunk: int):
 
 
 class Policy(nn.Module):
-    """Rollouts in, log-probs out. The one place that knows that logits at t - 1 predict the token at t."""
+    """Rollouts in, log-probs out. The one place that knows that logits at t - 1 predict the token
+    at t.
+    """
 
     def __init__(self, lm: nn.Module, temperature: float, chunk: int):
         super().__init__()
         self.lm, self.temperature, self.chunk = lm, temperature, chunk
+        for module in lm.modules():  # sampler and trainer must be the same function
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
 
     def forward(self, tokens, length, mask):
-        """(B, T) tokens, (B,) lengths, (B, T) mask of the wanted tokens -> (B, T) log-probs and entropy, 0 elsewhere."""
+        """(B, T) tokens, (B,) lengths, (B, T) mask of the wanted tokens -> (B, T) log-probs and
+        entropy, 0 elsewhere.
+        """
         real = torch.arange(tokens.shape[1], device=tokens.device) < length[:, None]  # (B, T)
         slot = real.flatten().nonzero().flatten()
         starts = F.pad(length.cumsum(0), (1, 0)).int()
@@ -133,68 +169,98 @@ class Policy(nn.Module):
         pack = Pack(starts, tokens.shape[1], slot)
         packed = tokens[real]  # (sum of lengths,)
         hidden = self.lm.model(
-            input_ids=packed[None], position_ids=positions[None], attention_mask=None, use_cache=False, pack=pack
+            input_ids=packed[None],
+            position_ids=positions[None],
+            attention_mask=None,
+            use_cache=False,
+            pack=pack,
         ).last_hidden_state[0]
-        wanted = (mask[real] & (positions > 0)).nonzero().flatten()  # a row's first token has nothing before it
+        wanted = (
+            (mask[real] & (positions > 0)).nonzero().flatten()
+        )  # a row's first token has nothing before it
         values = head_logprobs(
-            hidden[wanted - 1], self.lm.get_output_embeddings().weight, packed[wanted], self.temperature, self.chunk
+            hidden[wanted - 1],
+            self.lm.get_output_embeddings().weight,
+            packed[wanted],
+            self.temperature,
+            self.chunk,
         )
-        out = [v.new_zeros(tokens.numel()).index_copy(0, slot[wanted], v).view(tokens.shape) for v in values]
+        out = [
+            v.new_zeros(tokens.numel()).index_copy(0, slot[wanted], v).view(tokens.shape)
+            for v in values
+        ]
         return out[0], out[1].detach()
 
 
 def check_config(path: str) -> AutoConfig:
-    """The model's config.json, or a UserError: not there, not a causal LM, or attention that is not covered yet."""
+    """The model's config.json, or a UserError: not there, not a causal LM, or attention that is not
+    covered yet.
+    """
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"model={path}: no model there ({str(error).splitlines()[0]})") from None
     if not any(name.endswith("ForCausalLM") for name in config.architectures or []):
-        raise UserError(f"model={path}: {config.architectures} is not a causal language model (…ForCausalLM)")
+        raise UserError(
+            f"model={path}: {config.architectures} is not a causal language model (…ForCausalLM)"
+        )
     types = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     softcap = any("softcap" in k and v for k, v in config.to_dict().items())
     if types != {"full_attention"} or (window and not hasattr(config, "layer_types")) or softcap:
-        raise UserError(f"model={path}: sliding-window, linear or soft-capped attention is not covered by a test yet")
+        raise UserError(
+            f"model={path}: sliding-window, linear or soft-capped attention is not yet tested"
+        )
     if any("expert" in k and v for k, v in config.to_dict().items()):
         raise UserError(f"model={path}: mixture-of-experts models are not supported")
     return config
+
+
+def has_weights(path: str) -> bool:
+    """False for a local folder with a configuration alone. A hub name is taken to have weights."""
+    folder = pathlib.Path(path)
+    return not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
 def build_policy(cfg, world) -> Policy:
     """Load (or initialise) the model, shard it over the trainers. Collective over the trainers."""
     master = torch.float64 if cfg.dtype == "float64" else torch.float32
     config = check_config(cfg.model)
-    if cfg.random_init:
+    if cfg.random_init or not has_weights(cfg.model):
         torch.manual_seed(cfg.seed)
         lm = AutoModelForCausalLM.from_config(config, dtype=master, attn_implementation="packed")
     else:
-        lm = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=master, attn_implementation="packed")
-    for module in lm.modules():  # dropout off: sampler and trainer must be the same function
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        lm = AutoModelForCausalLM.from_pretrained(
+            cfg.model, dtype=master, attn_implementation="packed"
+        )
     lm.train()
     if cfg.activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     compute = compute_dtype(cfg, world)
     precision = MixedPrecisionPolicy(
-        param_dtype=None if compute == master else compute, reduce_dtype=master, cast_forward_inputs=False
+        param_dtype=None if compute == master else compute,
+        reduce_dtype=master,
+        cast_forward_inputs=False,
     )
     mesh = DeviceMesh.from_group(world.trainers, world.device.type, mesh=world.trainer_ranks)
     for layer in lm.model.layers:
         if cfg.compile:
             layer.compile()
         fully_shard(layer, mesh=mesh, mp_policy=precision)
-    policy = fully_shard(Policy(lm, getattr(cfg, "temperature", 1.0), cfg.head_chunk), mesh=mesh, mp_policy=precision)
+    policy = fully_shard(
+        Policy(lm, getattr(cfg, "temperature", 1.0), cfg.head_chunk), mesh=mesh, mp_policy=precision
+    )
     for module in policy.modules():
         if hasattr(module, "set_gradient_divide_factor"):
-            module.set_gradient_divide_factor(1.0)  # gradients are sums; the loss was divided by the global count
+            module.set_gradient_divide_factor(
+                1.0
+            )  # gradients are sums; the loss was divided by the global count
             module.set_force_sum_reduction_for_comms(True)  # and gloo knows no other reduction
     return policy
 
 
 def compute_dtype(cfg, world) -> torch.dtype:
     """`dtype=auto` is bfloat16 on a GPU and float32 on a CPU."""
-    return getattr(torch, ("bfloat16" if world.cuda else "float32") if cfg.dtype == "auto" else cfg.dtype)
+    return getattr(
+        torch, ("bfloat16" if world.cuda else "float32") if cfg.dtype == "auto" else cfg.dtype
+    )

@@ -1,7 +1,9 @@
-"""SFT: make the given replies likelier. The loop of grpo.py without a generator; `diff sft.py grpo.py` is what RL adds.
+"""SFT: make the given replies likelier. The loop of grpo.py without a generator.
 
-    torchrun --nproc_per_node=2 sft.py                                # makes the model of grpo.py's default from nothing
-    torchrun --nproc_per_node=8 sft.py --model=Qwen/Qwen3-0.6B --data=chat.jsonl --random_init=false
+`diff sft.py grpo.py` is the lesson of what RL adds.
+
+    torchrun --nproc_per_node=2 sft.py            # makes grpo.py's default model from nothing
+    torchrun --nproc_per_node=8 sft.py --model=Qwen/Qwen3-0.6B --data=chat.jsonl
 """
 
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from transformers import AutoTokenizer
 
 import weights
 from data import Examples
-from model import check_config
+from model import check_config, has_weights
 from rollouts import gather
 from runtime import UserError, launch
 from trainer import Trainer
@@ -19,16 +21,16 @@ from trainer import Trainer
 
 @dataclass
 class Config:
-    """Supervised fine-tuning with FSDP2. YAML by --config overrides defaults, --key=value overrides YAML."""
+    """Supervised fine-tuning with FSDP2. --key=value overrides --config file.yaml."""
 
     run_dir: str = "runs/sft"  # this run's own folder
     seed: int = 0  # of the order of examples and of random weights
     steps: int = 700  # optimizer steps = batches
-    model: str = "assets/calculator"  # local folder, hub name, or hf://org/name
-    random_init: bool = True  # start from random weights of the model's shape; false: from its weights
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of the computation; auto: bfloat16 on GPUs, float32 on CPUs; master weights are float32
+    model: str = "assets/blank"  # local folder (without weights: random ones), or hub name
+    random_init: bool = False  # random weights of the model's shape
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on GPUs
     # what is learned from
-    data: str = ""  # file, folder or hub name with `messages` or `prompt` and `completion`; empty: the task's demonstrations
+    data: str = ""  # file, folder or hub name; empty: the demonstrations of `task`
     task: str = "calculator"  # whose demonstrations
     task_data: str = ""  # folder, file or hub name for tasks that read data
     rows_per_step: int = 64  # examples in a batch
@@ -44,7 +46,7 @@ class Config:
     max_grad_norm: float = 1.0  # the gradient is clipped to this norm; 0: not
     tokens_per_microbatch: int = 4096  # packed tokens of one forward and backward
     head_chunk: int = 4096  # positions whose logits exist at once; 0: all
-    activation_checkpointing: bool = False  # recompute layers in the backward: less memory, a third more time
+    activation_checkpointing: bool = False  # recompute layers in the backward
     compile: bool = False  # torch.compile each layer
     # what is judged and kept
     eval_every: int = 100  # steps between evaluations of the held-out loss; 0: never
@@ -54,7 +56,7 @@ class Config:
 
 
 def check(cfg: Config, world):
-    """Settings that cannot work together. UserError with one sentence, before anything is loaded."""
+    """Settings that cannot work together: one sentence, before anything is loaded."""
     for name in ("rows_per_step", "max_tokens", "tokens_per_microbatch"):
         if getattr(cfg, name) < 1:
             raise UserError(f"{name}={getattr(cfg, name)}: must be at least 1")
@@ -71,12 +73,18 @@ def main(cfg: Config, world, run):
     """The loop: the same lines on every rank."""
     tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     data = Examples(cfg, tokenizer)
+    if world.writes and not has_weights(cfg.model):
+        run.say(f"{cfg.model} has no weights: starting from random ones")
+    if world.writes and data.left_out:
+        run.say(f"left out {data.left_out} examples: longer than max_tokens={cfg.max_tokens}")
     trainer = Trainer(cfg, world, tokenizer)
     heldout = gather(data.heldout_table(world), world, cfg.tokens_per_microbatch)
     start = run.resume(trainer)
 
     for step in range(start, cfg.steps):
-        rollouts = gather(data.batch(step, world), world, cfg.tokens_per_microbatch)  # each trainer gets its share
+        rollouts = gather(
+            data.batch(step, world), world, cfg.tokens_per_microbatch
+        )  # each trainer gets its share
         if rollouts.stop:
             return run.stopped(trainer, step)
         metrics = trainer.step(rollouts, sft_loss)

@@ -1,13 +1,14 @@
-"""Tasks: where prompts come from, what the environment answers, and what a reply is worth. What a user edits first.
+"""Tasks: where prompts come from, what the environment answers, and what a reply is worth. What a
+user edits first.
 
-A task is a class with four things (see `Task`). Its `reply` and its rewards run in the generator's pool of workers, so
-a slow one holds only its own row. Nothing here knows of ranks, engines or gradients.
+A task is a class with four things (see `Task`). Its `reply` and its rewards run in the generator's
+pool of workers, so a slow one holds only its own row. Nothing here knows of ranks, engines or
+gradients.
 
     --task=calculator | sum_digits | countdown | gsm8k | file.jsonl | my_file.py:MyTask
 """
 
 import ast
-import importlib.util
 import json
 import math
 import operator
@@ -16,16 +17,20 @@ import random
 import re
 from dataclasses import dataclass, field
 
-from runtime import UserError
+from runtime import UserError, load_symbol
 
 
 @dataclass
 class Episode:
-    """One reply in the making: the problem, and the turns of the policy and its environment alternately, as text."""
+    """One reply in the making: the problem, and the turns of the policy and its environment
+    alternately, as text.
+    """
 
     problem: dict
     turns: list[str] = field(default_factory=list)
-    state: dict = field(default_factory=dict)  # whatever an environment wants to remember between its turns
+    state: dict = field(
+        default_factory=dict
+    )  # whatever an environment wants to remember between its turns
 
     @property
     def text(self) -> str:
@@ -33,10 +38,14 @@ class Episode:
 
 
 class Task:
-    """Subclass it, fill `train` and `heldout` with dicts (`prompt`, and what your rewards need), list your rewards."""
+    """Subclass it, fill `train` and `heldout` with dicts (`prompt`, and what your rewards need),
+    list your rewards.
+    """
 
     system: str = ""  # system prompt, for models with a chat template
-    stop: str = ""  # each character ends a turn of the policy, so that `reply` can answer in mid-text
+    stop: str = (
+        ""  # each character ends a turn of the policy, so that `reply` can answer in mid-text
+    )
     train: list[dict]
     heldout: list[dict]
 
@@ -50,16 +59,23 @@ class Task:
         return float(episode.text.strip() == str(episode.problem["answer"]))
 
     def reply(self, episode: Episode) -> str | None:
-        """What the environment appends after a turn of the policy; None ends the episode. It may take its time."""
+        """What the environment appends after a turn of the policy; None ends the episode. It may
+        take its time.
+        """
         return None
 
     def problem(self, step: int, slot: int, attempt: int = 0) -> dict:
-        """The prompt of a slot, by its name: a permutation of `train` per epoch; a later attempt draws anew."""
+        """The prompt of a slot, by its name: a permutation of `train` per epoch; a later attempt
+        draws anew.
+        """
         if attempt:
             return random.Random(f"{self.cfg.seed}/{step}/{slot}/{attempt}").choice(self.train)
         epoch, place = divmod(step * self.cfg.prompts_per_step + slot, len(self.train))
         if getattr(self, "shuffled", (None,))[0] != epoch:
-            self.shuffled = epoch, random.Random(f"{self.cfg.seed}/epoch {epoch}").sample(self.train, len(self.train))
+            self.shuffled = (
+                epoch,
+                random.Random(f"{self.cfg.seed}/epoch {epoch}").sample(self.train, len(self.train)),
+            )
         return self.shuffled[1][place]
 
 
@@ -70,7 +86,9 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 
 def calculate(expression: str) -> int | None:
-    """The value of integers joined by + - *, or None. It parses: a model's text is never evaluated as code."""
+    """The value of integers joined by + - *, or None. It parses: a model's text is never evaluated
+    as code.
+    """
 
     def value(node):
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
@@ -86,43 +104,61 @@ def calculate(expression: str) -> int | None:
 
 
 class Calculator(Task):
-    """`63*11+48=`: the model may write `[63*11]`, the environment goes on with `=693`; the answer is `#741`."""
+    """`63*11+48=`: the model may write `[63*11]`, the environment goes on with `=693`; the answer
+    is `#741`.
+    """
 
     stop = "]"
 
     def __init__(self, cfg):
         super().__init__(cfg)
         numbers = range(10, 100)
-        drawn = random.Random("calculator").sample(range(90**3), 20_512)  # without replacement: no prompt stands twice
+        drawn = random.Random("calculator").sample(
+            range(90**3), 20_512
+        )  # without replacement: no prompt stands twice
         problems = [(numbers[n // 8100], numbers[n // 90 % 90], numbers[n % 90]) for n in drawn]
-        examples = [{"prompt": f"{a}*{b}+{c}=", "answer": a * b + c, "numbers": (a, b, c)} for a, b, c in problems]
+        examples = [
+            {"prompt": f"{a}*{b}+{c}=", "answer": a * b + c, "numbers": (a, b, c)}
+            for a, b, c in problems
+        ]
         self.train, self.heldout = examples[:20_000], examples[20_000:]
 
     def reply(self, episode: Episode) -> str | None:
-        """The value of the bracket that the turn ended with; a turn that ends otherwise ends the episode."""
+        """The value of the bracket that the turn ended with; a turn that ends otherwise ends the
+        episode.
+        """
         call = re.search(r"\[([^\[\]]*)\]$", episode.turns[-1])
         result = calculate(call[1]) if call else None
         return None if result is None else f"={result}"
 
     def correct(self, episode: Episode) -> float:
         """1 if the text ends in the one `#number` and it is right, else 0."""
-        return float(re.fullmatch(r"[^#]*#(-?\d+)", episode.text) is not None and self.last_number(episode))
+        return float(
+            re.fullmatch(r"[^#]*#(-?\d+)", episode.text) is not None and self.last_number(episode)
+        )
 
     def last_number(self, episode: Episode) -> bool:
         return episode.text.rpartition("#")[2] == str(episode.problem["answer"])
 
     def demonstration(self, name: str, progress: float) -> list[tuple[str, bool]]:
-        """One example for SFT, as pieces (text, whether it is trained); `progress` is the share of SFT that is done.
+        """One example for SFT, as pieces (text, whether it is trained); `progress` is the share of
+        SFT that is done.
 
-        At last three in ten use the tool and the others guess. Before, eight in ten do: copying numbers into a call is
-        learned late and suddenly, and the guesses, which nobody can learn, are noise in its way.
+        At last three in ten use the tool and the others guess. Before, eight in ten do: copying
+        numbers into a call is learned late and suddenly, and the guesses, which nobody can learn,
+        are noise in its way.
         """
         rng = random.Random(f"demonstration {name}")
         problem = rng.choice(self.train)
         a, b, c = problem["numbers"]
         answer = [(f"#{a * b + c}", True)]
         if rng.random() < (0.8 if progress < 0.65 else 0.3):
-            calls = [(f"[{a}*{b}]", True), (f"={a * b}", False), (f"[{a * b}+{c}]", True), (f"={a * b + c}", False)]
+            calls = [
+                (f"[{a}*{b}]", True),
+                (f"={a * b}", False),
+                (f"[{a * b}+{c}]", True),
+                (f"={a * b + c}", False),
+            ]
             return [(problem["prompt"], False), *calls, *answer]
         return [(problem["prompt"], False), *answer]
 
@@ -136,13 +172,17 @@ class SumDigits(Task):
     def __init__(self, cfg):
         super().__init__(cfg)
         rng = random.Random("sum_digits")
-        numbers = list(dict.fromkeys(str(rng.randrange(10, 10 ** rng.randint(2, 6))) for _ in range(8000)))
+        numbers = list(
+            dict.fromkeys(str(rng.randrange(10, 10 ** rng.randint(2, 6))) for _ in range(8000))
+        )
         examples = [{"prompt": f"{n}=", "answer": f"#{sum(map(int, n))}"} for n in numbers]
         self.train, self.heldout = examples[512:], examples[:512]
 
 
 class Countdown(Task):
-    """Reach a target with each of the given numbers at most once and + - *. The last `<answer>` (or line) counts."""
+    """Reach a target with each of the given numbers at most once and + - *. The last `<answer>` (or
+    line) counts.
+    """
 
     system = "Give the expression inside <answer> tags, for example <answer>3*4+5</answer>."
 
@@ -159,7 +199,9 @@ class Countdown(Task):
         self.train, self.heldout = list(examples.values())[512:], list(examples.values())[:512]
 
     def correct(self, episode: Episode) -> float:
-        """1 if the expression has the target's value and uses the numbers at most once each, else 0."""
+        """1 if the expression has the target's value and uses the numbers at most once each, else
+        0.
+        """
         found = re.findall(r"<answer>(.*?)</answer>", episode.text, re.DOTALL)
         expression = (found[-1] if found else episode.text.strip().rpartition("\n")[2]).strip()
         left = list(episode.problem["numbers"])
@@ -180,7 +222,9 @@ def number(text: str) -> float | None:
 
 
 def math_answer(episode: Episode) -> float:
-    """1 if the first <answer> equals the target within 1e-6; 0.1 if the target stands only outside the tags; else 0."""
+    """1 if the first <answer> equals the target within 1e-6; 0.1 if the target stands only outside
+    the tags; else 0.
+    """
     target, text = number(str(episode.problem["answer"])), episode.text
     if target is None:
         return 0.0
@@ -202,7 +246,9 @@ def thinking(episode: Episode) -> float:
 
 
 def read_examples(source: str, split: str) -> list[dict]:
-    """A JSONL or parquet file, a folder with {split}.jsonl or .parquet, or a data set on the hub -> list of dicts."""
+    """A JSONL or parquet file, a folder with {split}.jsonl or .parquet, or a data set on the hub ->
+    list of dicts.
+    """
     path = pathlib.Path(source)
     if path.is_dir():
         found = [p for end in ("jsonl", "parquet") if (p := path / f"{split}.{end}").exists()]
@@ -227,15 +273,22 @@ def read_examples(source: str, split: str) -> list[dict]:
             return datasets.load_dataset("parquet", data_files=str(path), split="train").to_list()
         name, _, subset = source.partition(":")
         return datasets.load_dataset(name, subset or None, split=split).to_list()
-    except Exception as error:  # hub, network and file errors are many; the user needs the source and the reason
-        raise UserError(f"task data {source!r} ({split}): {type(error).__name__}: {str(error).splitlines()[0]}") from None
+    except (
+        Exception
+    ) as error:  # hub, network and file errors are many; the user needs the source and the reason
+        raise UserError(
+            f"task data {source!r} ({split}): {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 class GSM8K(Task):
-    """Grade-school maths (arXiv 2110.14168). `task_data` is a folder or file of its own format; default: the hub."""
+    """Grade-school maths (arXiv 2110.14168). `task_data` is a folder or file of its own format;
+    default: the hub.
+    """
 
     system = (
-        "Think step by step inside <think> and </think> tags, then give the final number inside <answer> and </answer>."
+        "Think step by step inside <think> and </think> tags, "
+        "then give the final number inside <answer> and </answer>."
     )
 
     def __init__(self, cfg):
@@ -249,13 +302,17 @@ class GSM8K(Task):
         examples = []
         for i, e in enumerate(read_examples(source, split), start=1):
             if "question" not in e or "#### " not in e.get("answer", ""):
-                raise UserError(f"{source} ({split}), row {i}: GSM8K rows have a question, and an answer with '#### '")
+                raise UserError(
+                    f"{source} ({split}), row {i}: needs a question, and an answer with '#### '"
+                )
             examples.append({"prompt": e["question"], "answer": e["answer"].rpartition("#### ")[2]})
         return examples
 
 
 class JsonLines(Task):
-    """Any JSONL (or parquet) file with `prompt` and `answer`. The last tenth, at most 512 rows, is held out."""
+    """Any JSONL (or parquet) file with `prompt` and `answer`. The last tenth, at most 512 rows, is
+    held out.
+    """
 
     def __init__(self, cfg, source: str):
         super().__init__(cfg)
@@ -263,27 +320,18 @@ class JsonLines(Task):
         for i, e in enumerate(examples, start=1):
             if not {"prompt", "answer"} <= e.keys():
                 raise UserError(f"{source}, row {i}: needs 'prompt' and 'answer', has {sorted(e)}")
-        order = list({e["prompt"]: e for e in examples}.values())  # a prompt that stands twice could be on both sides
+        order = list(
+            {e["prompt"]: e for e in examples}.values()
+        )  # a prompt that stands twice could be on both sides
         held = min(512, len(order) // 10)
         if not held:
-            raise UserError(f"{source}: {len(order)} different prompts; at least 10 are needed, one in ten is held out")
+            raise UserError(
+                f"{source}: {len(order)} different prompts; one in ten is held out, so 10 at least"
+            )
         self.train, self.heldout = order[:-held], order[-held:]
 
 
 TASKS = {"calculator": Calculator, "sum_digits": SumDigits, "countdown": Countdown, "gsm8k": GSM8K}
-
-
-def load_symbol(place: str, what: str):
-    """`my_file.py:name` -> the object called `name` in that file."""
-    file, _, name = place.partition(":")
-    if not pathlib.Path(file).exists():
-        raise UserError(f"{what}={place}: there is no file {file}")
-    spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not name or not hasattr(module, name):
-        raise UserError(f"{what}={place}: write it as {file}:NAME with a NAME that the file defines")
-    return getattr(module, name)
 
 
 def load_task(cfg) -> Task:
@@ -294,4 +342,6 @@ def load_task(cfg) -> Task:
         return load_symbol(cfg.task, "task")(cfg)
     if cfg.task.endswith((".jsonl", ".json", ".parquet")):
         return JsonLines(cfg, cfg.task)
-    raise UserError(f"task={cfg.task}: known are {', '.join(TASKS)}, a .jsonl file, or my_file.py:MyTask")
+    raise UserError(
+        f"task={cfg.task}: known are {', '.join(TASKS)}, a .jsonl file, or my_file.py:MyTask"
+    )

@@ -1,4 +1,6 @@
-"""The trainer: micro-batches through the policy, one division, one clip, one optimizer step. Saves and loads itself."""
+"""The trainer: micro-batches through the policy, one division, one clip, one optimizer step. Saves
+and loads itself.
+"""
 
 import json
 import math
@@ -8,7 +10,10 @@ import shutil
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from model import build_policy
@@ -17,16 +22,22 @@ from runtime import UserError
 
 
 def learning_rate(step: int, cfg) -> float:
-    """Linear warm-up over `warmup_steps`, then `lr_schedule` down to `lr_min_ratio` of the peak at the last step."""
+    """Linear warm-up over `warmup_steps`, then `lr_schedule` down to `lr_min_ratio` of the peak at
+    the last step.
+    """
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     done = (step - cfg.warmup_steps) / max(cfg.steps - cfg.warmup_steps, 1)
-    fall = {"constant": 0.0, "linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2}[cfg.lr_schedule]
+    fall = {"constant": 0.0, "linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2}[
+        cfg.lr_schedule
+    ]
     return cfg.lr * (1 - (1 - cfg.lr_min_ratio) * fall)
 
 
 class Trainer:
-    """Policy and optimizer, sharded over the trainer ranks. On a rank that only generates it is empty and passes."""
+    """Policy and optimizer, sharded over the trainer ranks. On a rank that only generates it is
+    empty and passes.
+    """
 
     def __init__(self, cfg, world, tokenizer=None):
         self.cfg, self.world, self.tokenizer, self.version = cfg, world, tokenizer, 0
@@ -34,7 +45,11 @@ class Trainer:
             return
         self.policy = build_policy(cfg, world)
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
+            self.policy.parameters(),
+            lr=cfg.lr,
+            betas=(cfg.beta1, cfg.beta2),
+            weight_decay=cfg.weight_decay,
+            fused=True,
         )
 
     def forward(self, rows: Rollouts):
@@ -42,9 +57,11 @@ class Trainer:
         return self.policy(rows.tokens, rows.length, rows.mask)
 
     def microbatches(self, rollouts: Rollouts):
-        """This rank's rows in the plan's order. Each rank yields equally often: FSDP's collectives are inside.
+        """This rank's rows in the plan's order. Each rank yields equally often: FSDP's collectives
+        are inside.
 
-        Where the plan has nothing for this rank it gets one row of two tokens that count for nothing.
+        Where the plan has nothing for this rank it gets one row of two tokens that count for
+        nothing.
         """
         for rows in rollouts.microbatches:
             yield rollouts.take(rows, self.world.device) if rows else nothing(self.world.device)
@@ -52,8 +69,9 @@ class Trainer:
     def step(self, rollouts: Rollouts, loss_fn, divisor: float | None = None) -> dict[str, float]:
         """One optimizer step on the gathered batch. Returns metrics, equal on every trainer.
 
-        `loss_fn(logprobs, rows, cfg)` returns sums; `divisor` is the one number they are divided by, taken from the
-        whole batch (default: its sampled tokens). Metrics take the same road and are means per sampled token.
+        `loss_fn(logprobs, rows, cfg)` returns sums; `divisor` is the one number they are divided
+        by, taken from the whole batch (default: its sampled tokens). Metrics take the same road and
+        are means per sampled token.
         """
         if not self.world.trains:
             return {}
@@ -67,26 +85,39 @@ class Trainer:
                 parts |= {"loss": loss, "entropy": (entropy * rows.weight[:, None]).sum()}
                 parts["tokens"] = (rows.mask * rows.weight[:, None]).sum()
                 for name, value in parts.items():
-                    value, old = value.detach().double(), sums.get(name, torch.zeros((), dtype=torch.float64))
-                    sums[name] = torch.maximum(old.to(value.device), value) if name.endswith("_max") else old + value
+                    value, old = (
+                        value.detach().double(),
+                        sums.get(name, torch.zeros((), dtype=torch.float64)),
+                    )
+                    sums[name] = (
+                        torch.maximum(old.to(value.device), value)
+                        if name.endswith("_max")
+                        else old + value
+                    )
             metrics = self.reduce(sums)
             metrics["loss"] *= metrics["tokens"] / divisor  # the loss has a divisor of its own
             metrics["grad_norm"] = self.update()
-            assert metrics["tokens"] == tokens, f"{metrics['tokens']} tokens were trained, the batch has {tokens}"
+            assert metrics["tokens"] == tokens, (
+                f"{metrics['tokens']} tokens were trained, the batch has {tokens}"
+            )
             return metrics
 
     @torch.no_grad()
     def evaluate(self, rollouts: Rollouts, loss_fn) -> float:
-        """Mean loss per sampled token of a gathered table, without a step. Collective over trainers."""
+        """Mean loss per sampled token of a gathered table, without a step. Collective over
+        trainers.
+        """
         total = torch.zeros((), device=self.world.device, dtype=torch.float64)
         for rows in self.microbatches(rollouts):
             total += loss_fn(self.forward(rows)[0], rows, self.cfg)[0]
-        self.policy.reshard()  # FSDP2 leaves the root gathered after a forward, and waits for a backward
+        self.policy.reshard()  # after a forward FSDP2 leaves the root gathered for a backward
         dist.all_reduce(total, group=self.world.trainers)
         return float(total) / float((rollouts.all.sampled * rollouts.all.weight).sum())
 
     def reduce(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Sums of this rank -> means per sampled token over all trainers; names in _max are maxima. Collective."""
+        """Sums of this rank -> means per sampled token over all trainers; names in _max are maxima.
+        Collective.
+        """
         values = torch.stack(list(sums.values())).to(self.world.device)
         is_max = torch.tensor([name.endswith("_max") for name in sums], device=values.device)
         total, top = values.clone(), values.clone()
@@ -97,7 +128,9 @@ class Trainer:
         return {k: v if k == "tokens" or k.endswith("_max") else v / tokens for k, v in out.items()}
 
     def update(self) -> float:
-        """Clip the gradient to `max_grad_norm`, step, forget the gradient. Returns the norm before clipping."""
+        """Clip the gradient to `max_grad_norm`, step, forget the gradient. Returns the norm before
+        clipping.
+        """
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters], foreach=True)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -119,7 +152,9 @@ class Trainer:
         }
 
     def save(self, folder: pathlib.Path):
-        """Write checkpoints/step-N: to a temporary name first, so that a checkpoint is complete or absent. Collective."""
+        """Write checkpoints/step-N: to a temporary name first, so that a checkpoint is complete or
+        absent. Collective.
+        """
         if not self.world.trains:
             return
         with self.world.span("save"):
@@ -137,7 +172,9 @@ class Trainer:
             dist.barrier(group=self.world.trainers)
 
     def load(self, folder: pathlib.Path):
-        """Weights, optimizer and step of a checkpoint, made by any number of trainers. Collective over trainers."""
+        """Weights, optimizer and step of a checkpoint, made by any number of trainers. Collective
+        over trainers.
+        """
         if not self.world.trains:
             return
         if not (folder / "about.json").exists():

@@ -1,4 +1,4 @@
-"""What the tests share: the command line under torchrun, and tiny models of several architectures."""
+"""What the tests share: the command line under torchrun, tiny models of several architectures."""
 
 import json
 import os
@@ -11,15 +11,24 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="also the long matrices: topologies, kills, learning")
+    parser.addoption(
+        "--long", action="store_true", help="also the long matrices: topologies, kills, learning"
+    )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "long: minutes, not seconds; runs with --long (make test-all)")
+    config.addinivalue_line(
+        "markers", "long: minutes, not seconds; runs with --long (make test-all)"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -30,13 +39,21 @@ def pytest_collection_modifyitems(config, items):
 
 
 def torchrun(ranks: int, script: str, *args: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--shutdown-timeout=10"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--shutdown-timeout=10",
+    ]
     return [*launcher, f"--nproc_per_node={ranks}", str(ROOT / script), *args]
 
 
 def run(ranks: int, script: str, *args: str, timeout: int = 240) -> subprocess.CompletedProcess:
     """A script under torchrun, to its end. Output as text."""
-    return subprocess.run(torchrun(ranks, script, *args), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        torchrun(ranks, script, *args), cwd=ROOT, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def lines(folder, name="metrics.jsonl") -> list[dict]:
@@ -44,7 +61,9 @@ def lines(folder, name="metrics.jsonl") -> list[dict]:
 
 
 def logs(folder) -> str:
-    return "\n".join(p.read_text()[-3000:] for p in sorted(pathlib.Path(folder, "log").glob("*.log")))
+    return "\n".join(
+        p.read_text()[-3000:] for p in sorted(pathlib.Path(folder, "log").glob("*.log"))
+    )
 
 
 SHAPES = {
@@ -56,7 +75,9 @@ SHAPES = {
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """name -> folder of a random two-layer model of that architecture, with the calculator's tokenizer."""
+    """name -> folder of a random two-layer model of that architecture, with the calculator's
+    tokenizer.
+    """
     import torch
     import transformers
 
@@ -66,18 +87,37 @@ def tiny(tmp_path_factory):
             return str(folder)
         class_name, extra = SHAPES[name]
         model_class = getattr(transformers, class_name)
-        shape = dict(vocab_size=28, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
+        shape = dict(
+            vocab_size=28,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
         config = model_class.config_class(
-            **shape, num_key_value_heads=1, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2, **extra
+            **shape,
+            num_key_value_heads=1,
+            max_position_embeddings=256,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            **extra,
         )
         torch.manual_seed(1)
         model = model_class(config)
-        for n, p in model.named_parameters():  # biases are zero and norms one at first: a lost one would not show
+        for (
+            n,
+            p,
+        ) in (
+            model.named_parameters()
+        ):  # biases are zero and norms one at first: a lost one would not show
             if n.endswith("bias") or "norm" in n:
                 p.data.add_(0.3 * torch.randn_like(p))
         model.generation_config.eos_token_id = list(eos)
         model.save_pretrained(folder)
-        transformers.AutoTokenizer.from_pretrained(ROOT / "assets/calculator").save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(ROOT / "assets/calculator").save_pretrained(
+            folder
+        )
         return str(folder)
 
     return make

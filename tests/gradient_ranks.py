@@ -1,6 +1,7 @@
-"""Run by test_gradient.py under torchrun: the clipped-free gradient of one batch, under every way to split it.
+"""Run by test_gradient.py under torchrun: the clipped-free gradient of one batch, under every way
+to split it.
 
-    torchrun --nproc_per_node=N tests/gradient_ranks.py OUT MODEL
+torchrun --nproc_per_node=N tests/gradient_ranks.py OUT MODEL
 """
 
 import os
@@ -52,11 +53,15 @@ def main(out: str, model: str):
     found = {}
     for dtype in ("float64", "float32"):
         for checkpointing in (False, True):
-            cfg = grpo.Config(model=model, dtype=dtype, activation_checkpointing=checkpointing, clip_high=3.0)
+            cfg = grpo.Config(
+                model=model, dtype=dtype, activation_checkpointing=checkpointing, clip_high=3.0
+            )
             trainer = Trainer(cfg, world)
 
             def keep(trainer=trainer):  # instead of the optimizer's step
-                grads = [p.grad.full_tensor().flatten().double() for p in trainer.policy.parameters()]
+                grads = [
+                    p.grad.full_tensor().flatten().double() for p in trainer.policy.parameters()
+                ]
                 trainer.policy.zero_grad()
                 keep.grad = torch.cat(grads)
                 return float(keep.grad.norm())
@@ -66,7 +71,9 @@ def main(out: str, model: str):
                 for chunk in (0, 5, 4096):
                     trainer.policy.chunk = chunk
                     rows = gather(batch() if world.leads else Rollouts(), world, budget)
-                    metrics = trainer.step(rows, losses.policy_loss, losses.divisor(rows.all, cfg))
+                    metrics = trainer.step(
+                        rows, losses.with_diagnostics(losses.grpo), losses.divisor(rows.all, cfg)
+                    )
                     found[dtype, checkpointing, budget, chunk] = (keep.grad, metrics)
     if world.writes:
         torch.save(found, pathlib.Path(out) / f"{world.size}.pt")

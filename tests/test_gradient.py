@@ -1,4 +1,6 @@
-"""The gradient of a step is the same however the batch is split: ranks, micro-batches, head chunks, checkpointing."""
+"""The gradient of a step is the same however the batch is split: ranks, micro-batches, head chunks,
+checkpointing.
+"""
 
 import pytest
 import torch
@@ -31,8 +33,9 @@ def test_gradient_does_not_depend_on_the_split(found, dtype):
 
 def test_it_would_show_a_local_divisor(found):
     """What a mean per micro-batch would do: the parts of the split are not even nearly equal."""
-    import losses
     from gradient_ranks import LENGTHS, batch
+
+    import losses
     from rollouts import pack
 
     rows = batch()

@@ -16,7 +16,11 @@ def table(rewards, groups, sampled=(2, 2, 2, 2)):
     for i, k in enumerate(sampled[:n]):
         mask[i, 1 : 1 + k] = True
     return Rollouts(
-        index=torch.tensor(groups), reward=torch.tensor(rewards), mask=mask, weight=torch.ones(n), sampled=mask.sum(1)
+        index=torch.tensor(groups),
+        reward=torch.tensor(rewards),
+        mask=mask,
+        weight=torch.ones(n),
+        sampled=mask.sum(1),
     )
 
 
@@ -34,13 +38,17 @@ def test_advantages_over_unbiased_std():
 
 @pytest.mark.parametrize("kind", ["mean", "mean_std"])
 def test_groups_that_teach_nothing_are_exactly_zero(kind):
-    equal = losses.group_advantages(table([0.1, 0.1, 0.1], [4, 4, 4]), kind)  # their mean is not 0.1 in floating point
+    equal = losses.group_advantages(
+        table([0.1, 0.1, 0.1], [4, 4, 4]), kind
+    )  # their mean is not 0.1 in floating point
     single = losses.group_advantages(table([5.0], [4]), kind)
     assert not equal.any() and not single.any()
 
 
 def test_grpo_by_hand():
-    """Four tokens, ratios 2, 1/2, 1.1 and one that is not sampled; advantages +1 and -1; clip at [0.8, 1.28]."""
+    """Four tokens, ratios 2, 1/2, 1.1 and one that is not sampled; advantages +1 and -1; clip at
+    [0.8, 1.28].
+    """
     old = torch.zeros(1, 4)
     new = torch.tensor([[math.log(2.0), math.log(0.5), math.log(1.1), 5.0]], requires_grad=True)
     rows = Rollouts(
@@ -55,7 +63,9 @@ def test_grpo_by_hand():
     assert (sums["clip_high"].item(), sums["clip_low"].item()) == (1, 1)
     assert sums["ratio"].item() == pytest.approx(3.6, abs=1e-6)
     loss.backward()
-    assert new.grad[0].tolist() == pytest.approx([0, 0, -1.1, 0], abs=1e-6)  # clipped tokens have no gradient
+    assert new.grad[0].tolist() == pytest.approx(
+        [0, 0, -1.1, 0], abs=1e-6
+    )  # clipped tokens have no gradient
 
 
 def test_rows_of_weight_zero_are_in_no_sum_and_no_divisor():
@@ -69,7 +79,11 @@ def test_rows_of_weight_zero_are_in_no_sum_and_no_divisor():
 
 
 def test_mismatch_is_zero_for_equal_policies_and_the_k3_estimate_else():
-    rows = Rollouts(mask=torch.tensor([[True, False]]), weight=torch.ones(1), logprobs=torch.tensor([[-1.0, 0.0]]))
+    rows = Rollouts(
+        mask=torch.tensor([[True, False]]),
+        weight=torch.ones(1),
+        logprobs=torch.tensor([[-1.0, 0.0]]),
+    )
     assert losses.mismatch(torch.tensor([[-1.0, 9.0]]), rows)["mismatch_kl"] == 0
     out = losses.mismatch(torch.tensor([[-0.5, 9.0]]), rows)
     assert out["mismatch_kl"].item() == pytest.approx(math.exp(0.5) - 1 - 0.5)

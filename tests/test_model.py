@@ -1,4 +1,6 @@
-"""The policy in one process: the shift, packing, the chunked head, against plain Hugging Face forwards."""
+"""The policy in one process: the shift, packing, the chunked head, against plain Hugging Face
+forwards.
+"""
 
 import pytest
 import torch
@@ -27,10 +29,14 @@ def policy(path, chunk=0, temperature=1.0, dtype=torch.float64):
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "qwen2"])
 def test_logprobs_are_those_of_each_row_alone(tiny, name):
-    """Packed rows against one plain forward per row: the shift, the positions and the attention's borders."""
+    """Packed rows against one plain forward per row: the shift, the positions and the attention's
+    borders.
+    """
     tokens, length, mask = rows()
     ours, entropy = policy(tiny(name), temperature=0.7)(tokens, length, mask)
-    plain = AutoModelForCausalLM.from_pretrained(tiny(name), dtype=torch.float64, attn_implementation="sdpa")
+    plain = AutoModelForCausalLM.from_pretrained(
+        tiny(name), dtype=torch.float64, attn_implementation="sdpa"
+    )
     for i, n in enumerate(LENGTHS):
         logits = plain(input_ids=tokens[i : i + 1, :n]).logits[0] / 0.7  # (T, V)
         logp = logits.log_softmax(-1)
@@ -92,9 +98,18 @@ def test_models_that_are_refused(tmp_path):
         check_config(config(model_type="gemma2", architectures=["Gemma2ForCausalLM"]))
     with pytest.raises(UserError, match="sliding-window"):
         types = ["sliding_attention", "full_attention"]
-        check_config(config(model_type="qwen3", architectures=["Qwen3ForCausalLM"], num_hidden_layers=2, layer_types=types))
+        check_config(
+            config(
+                model_type="qwen3",
+                architectures=["Qwen3ForCausalLM"],
+                num_hidden_layers=2,
+                layer_types=types,
+            )
+        )
     with pytest.raises(UserError, match="mixture-of-experts"):
-        check_config(config(model_type="mixtral", architectures=["MixtralForCausalLM"], sliding_window=None))
+        check_config(
+            config(model_type="mixtral", architectures=["MixtralForCausalLM"], sliding_window=None)
+        )
 
 
 def test_every_eos_is_known(tiny):

@@ -4,8 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generator import Row
-from rollouts import Rollouts, from_cells, from_rows, load_rollouts, pack, to_cells
+from rollouts import Rollouts, Row, from_cells, from_rows, load_rollouts, pack, to_cells
 from tasks import Episode
 
 
@@ -37,9 +36,17 @@ def make_row(slot, reply, prompt, sampled, given=()):
 
 
 def test_from_rows_sorts_and_masks():
-    rows = [make_row(1, 0, [5], [6, 7]), make_row(0, 1, [5, 5], [6], given=[8]), make_row(0, 0, [5], [6])]
+    rows = [
+        make_row(1, 0, [5], [6, 7]),
+        make_row(0, 1, [5, 5], [6], given=[8]),
+        make_row(0, 0, [5], [6]),
+    ]
     table = from_rows(rows, ["correct"])
-    assert (table.index & 0xFFFFFFFF).tolist() == [0, 0, 1] and (table.index >> 32).tolist() == [3, 3, 3]
+    assert (table.index & 0xFFFFFFFF).tolist() == [0, 0, 1] and (table.index >> 32).tolist() == [
+        3,
+        3,
+        3,
+    ]
     assert table.reply.tolist() == [0, 1, 0] and table.length.tolist() == [2, 4, 3]
     assert table.mask.tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 1, 0]]
     assert table.version.tolist() == [[-1, 3, -1, -1], [-1, -1, 3, -1], [-1, 3, 3, -1]]
@@ -56,7 +63,11 @@ def test_versions_change_at_the_borders():
 def test_a_token_without_a_finite_logprob_is_not_trained():
     row = make_row(0, 0, [5], [])
     row.append_sampled([1, 2], [float("nan"), -1.0], now=0)
-    assert row.mask == [False, False, True] and row.logprobs == [0.0, 0.0, -1.0] and row.version == [-1, -1, 0]
+    assert (
+        row.mask == [False, False, True]
+        and row.logprobs == [0.0, 0.0, -1.0]
+        and row.version == [-1, -1, 0]
+    )
 
 
 def test_cells_and_files_keep_every_bit(tmp_path):
@@ -77,4 +88,8 @@ def test_seeds_differ_between_rows_and_turns_and_are_repeatable():
     seeds = {row.seed(0) for row in rows}
     rows[0].turn = 1
     assert len(seeds) == 16 and rows[0].seed(0) not in seeds and all(0 <= s < 2**63 for s in seeds)
-    assert make_row(1, 2, [1], [2]).seed(0) == make_row(1, 2, [9], [8]).seed(0) != make_row(1, 2, [1], [2]).seed(1)
+    assert (
+        make_row(1, 2, [1], [2]).seed(0)
+        == make_row(1, 2, [9], [8]).seed(0)
+        != make_row(1, 2, [1], [2]).seed(1)
+    )

@@ -1,4 +1,6 @@
-"""The command line, with real engines, real ranks and real files. Three steps at most; a run serves many tests."""
+"""The command line, with real engines, real ranks and real files. Three steps at most; a run serves
+many tests.
+"""
 
 import json
 import os
@@ -15,7 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rollouts import load_rollouts
 
 TIMES = ("_s", "per_second")  # endings of the metrics that are times
-SMALL = ["--prompts_per_step=6", "--group_size=4", "--eval_size=12", "--save_rollouts=true", "--check_weights=true"]
+SMALL = [
+    "--prompts_per_step=6",
+    "--group_size=4",
+    "--eval_size=12",
+    "--save_rollouts=true",
+    "--check_weights=true",
+]
 
 
 def good(done, folder):
@@ -24,7 +32,11 @@ def good(done, folder):
 
 
 def learned(folder):
-    return [{k: v for k, v in x.items() if not k.endswith(TIMES)} for x in lines(folder) if "reward" in x]
+    return [
+        {k: v for k, v in x.items() if not k.endswith(TIMES)}
+        for x in lines(folder)
+        if "reward" in x
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +50,13 @@ def twice(tmp_path_factory):
 def test_same_command_same_run_bitwise(twice):
     a, b = twice
     assert learned(a) == learned(b) and len(learned(a)) == 3
-    assert [x for x in lines(a) if "eval_reward" in x] == [x for x in lines(b) if "eval_reward" in x]
+    assert [x for x in lines(a) if "eval_reward" in x] == [
+        x for x in lines(b) if "eval_reward" in x
+    ]
     assert lines(a, "samples.jsonl") == lines(b, "samples.jsonl")
-    assert (a / "model/model.safetensors").read_bytes() == (b / "model/model.safetensors").read_bytes()
+    assert (a / "model/model.safetensors").read_bytes() == (
+        b / "model/model.safetensors"
+    ).read_bytes()
     for step in range(3):
         one, two = (load_rollouts(f / "rollouts" / str(step)) for f in (a, b))
         assert all(torch.equal(v, two.columns()[k]) for k, v in one.columns().items())
@@ -48,13 +64,22 @@ def test_same_command_same_run_bitwise(twice):
 
 def test_engine_and_trainer_agree(twice):
     assert all(x["mismatch_max"] < 1e-4 for x in learned(twice[0]))
-    assert max(x["mismatch_max"] for x in learned(twice[0])) > 0  # two programs, not one compared with itself
-    spans = [s["name"] for s in json.loads((twice[0] / "trace.json").read_text().rstrip().rstrip(",") + "]")]
-    assert spans.count("check") == 3 * 4  # on each rank, after each sync: bit-equal (tied embeddings included)
+    assert (
+        max(x["mismatch_max"] for x in learned(twice[0])) > 0
+    )  # two programs, not one compared with itself
+    spans = [
+        s["name"]
+        for s in json.loads((twice[0] / "trace.json").read_text().rstrip().rstrip(",") + "]")
+    ]
+    assert (
+        spans.count("check") == 3 * 4
+    )  # on each rank, after each sync: bit-equal (tied embeddings included)
 
 
 def test_only_sampled_tokens_are_trained(twice):
-    """From the text alone: brackets, answers and the EOS are the policy's; prompts and `=value` are not."""
+    """From the text alone: brackets, answers and the EOS are the policy's; prompts and `=value` are
+    not.
+    """
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/calculator")
     turns = 0
     for step in range(3):
@@ -68,7 +93,12 @@ def test_only_sampled_tokens_are_trained(twice):
                     given = False  # the prompt ends with its =
                 elif piece == "]" and t + 1 < len(pieces) and pieces[t + 1] == "=":
                     given, inside, turns = True, True, turns + 1
-                elif inside and t + 1 < len(pieces) and not pieces[t + 1].isdigit() and pieces[t + 1] != "-":
+                elif (
+                    inside
+                    and t + 1 < len(pieces)
+                    and not pieces[t + 1].isdigit()
+                    and pieces[t + 1] != "-"
+                ):
                     given = inside = False
             assert pieces[-1] != "<eos>" or table.mask[i, len(pieces) - 1]
             assert table.finished[i] == (pieces[-1] == "<eos>" or pieces[-1] == "]")
@@ -78,7 +108,9 @@ def test_only_sampled_tokens_are_trained(twice):
 def test_versions_groups_and_ages_on_policy(twice):
     for step in range(3):
         table = load_rollouts(twice[0] / "rollouts" / str(step))
-        assert (table.version[table.mask] == step).all() and (table.version[~table.mask] == -1).all()
+        assert (table.version[table.mask] == step).all() and (
+            table.version[~table.mask] == -1
+        ).all()
         assert ((table.index >> 32) == step).all()
         assert (table.index & 0xFFFFFFFF).tolist() == [s for s in range(6) for _ in range(4)]
         assert table.reply.tolist() == [0, 1, 2, 3] * 6
@@ -102,7 +134,14 @@ def test_evaluations_name_their_version(twice):
 
 def test_what_a_run_leaves_behind(twice):
     folder = twice[0]
-    for name in ("config.yaml", "metrics.jsonl", "samples.jsonl", "trace.json", "curves.png", "checkpoints/step-2"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "trace.json",
+        "curves.png",
+        "checkpoints/step-2",
+    ):
         assert (folder / name).exists(), name
     assert "vllm" in (folder / "config.yaml").read_text()
     sample = lines(folder, "samples.jsonl")[0]
@@ -115,11 +154,13 @@ def test_what_a_run_leaves_behind(twice):
 
 
 def test_an_earlier_run_is_kept(twice):
-    """The name is taken: the old folder is set aside, never overwritten. (The run stops at its task's first prompt.)"""
+    """The name is taken: the old folder is set aside, never overwritten. (The run stops at its
+    task's first prompt.)
+    """
     folder = twice[1]
     args = ["--max_prompt_tokens=2", f"--run_dir={folder}"]
     done = run(3, "grpo.py", *args)
-    assert done.returncode != 0 and "no train prompt has at most 2 tokens" in done.stderr
+    assert done.returncode != 0 and "every train prompt is longer than" in done.stderr
     assert (folder.with_name(folder.name + ".1") / "model/model.safetensors").exists()
 
 
@@ -135,14 +176,25 @@ def policy_at(folder, step, path):
 
 
 def test_inflight(tmp_path):
-    """Age 1: weights land while rows run. No token is too old, and each is of the version that its column names."""
-    slow = ["--max_num_seqs=6", "--max_policy_age=1", "--lr=0.01", "--save_every=1", "--steps=4", f"--run_dir={tmp_path}/r"]
+    """Age 1: weights land while rows run. No token is too old, and each is of the version that its
+    column names.
+    """
+    slow = [
+        "--max_num_seqs=16",
+        "--group_size=8",
+        "--max_policy_age=1",
+        "--lr=0.01",
+        "--save_every=1",
+        "--steps=4",
+        f"--run_dir={tmp_path}/r",
+    ]
     folder = good(run(3, "grpo.py", *SMALL, *slow, "--eval_size=0"), tmp_path / "r")
     mixed, old_error, new_error = 0, 0.0, 0.0
     for step in range(4):
         table = load_rollouts(folder / "rollouts" / str(step))
         age = step - table.version[table.mask]
-        assert 0 <= age.min() and age.max() <= 1
+        assert age.min() >= 0 and age.max() <= 1
+        assert table.version[table.mask].min() >= 0  # nothing is sampled before the first sync
         for i in range(len(table)):
             sampled = table.version[i][table.mask[i]]
             assert (sampled.diff() >= 0).all()
@@ -151,12 +203,13 @@ def test_inflight(tmp_path):
             mixed += 1
             model = policy_at(folder, int(sampled[0]), ROOT / "assets/calculator")
             n = int(table.length[i])
-            logp = model(input_ids=table.tokens[i : i + 1, :n]).logits[0].float().log_softmax(-1)
+            with torch.no_grad():
+                logp = model(input_ids=table.tokens[i : i + 1, :n]).logits[0].log_softmax(-1)
             at = table.mask[i, :n].nonzero().flatten()
             error = (logp[at - 1, table.tokens[i, at]] - table.logprobs[i, at]).abs()
             first_new = int((sampled == sampled[0]).sum())
-            old_error = max(old_error, float(error[:first_new].max()))  # before the border: the old policy, exactly
-            new_error = max(new_error, float(error[first_new]))  # the first token behind it: another policy
+            old_error = max(old_error, float(error[:first_new].max()))  # the old policy, exactly
+            new_error = max(new_error, float(error[first_new]))  # behind the border: another one
     assert mixed >= 3, "no row was running when weights landed"
     assert old_error < 1e-4 < 1e-2 < new_error
     assert any(x["policy_age"] > 0 for x in learned(folder))
@@ -166,7 +219,13 @@ def test_inflight(tmp_path):
 def test_other_architectures(tiny, tmp_path, name, eos):
     """Untied heads, biases, several EOS ids: parity and bit-equal weights after each sync."""
     model = tiny(name, eos)
-    args = ["--steps=2", "--lr=0.01", f"--model={model}", f"--run_dir={tmp_path}/r", "--max_new_tokens=24"]
+    args = [
+        "--steps=2",
+        "--lr=0.01",
+        f"--model={model}",
+        f"--run_dir={tmp_path}/r",
+        "--max_new_tokens=24",
+    ]
     folder = good(run(2, "grpo.py", *SMALL, *args), tmp_path / "r")
     assert all(0 < x["mismatch_max"] < 1e-4 for x in learned(folder))
     table = load_rollouts(folder / "rollouts/1")
@@ -180,7 +239,9 @@ def test_the_default_learns(tmp_path):
     done = run(3, "grpo.py", "--steps=14", f"--run_dir={tmp_path}/r", timeout=400)
     folder = good(done, tmp_path / "r")
     rewards = [x["reward"] for x in learned(folder)]
-    assert sum(rewards[:2]) / 2 < 0.45 and sum(rewards[-3:]) / 3 > sum(rewards[:2]) / 2 + 0.3, rewards
+    assert sum(rewards[:2]) / 2 < 0.45 and sum(rewards[-3:]) / 3 > sum(rewards[:2]) / 2 + 0.3, (
+        rewards
+    )
     assert "held-out accuracy" in done.stderr and "tokens per second" in done.stderr
     noise = [line for line in done.stderr.splitlines() if "WARNING" in line or "INFO" in line]
     assert not noise
@@ -195,10 +256,16 @@ def test_told_to_stop_it_saves_and_resumes(tmp_path, number):
     folder = tmp_path / "r"
     args = [*SMALL, f"--run_dir={folder}", "--eval_size=0", "--check_weights=false"]
     process = subprocess.Popen(
-        torchrun(3, "grpo.py", *args, "--steps=200"), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        torchrun(3, "grpo.py", *args, "--steps=200"),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not ((folder / "metrics.jsonl").exists() and len(lines(folder)) >= 2):
+    while time.monotonic() < deadline and not (
+        (folder / "metrics.jsonl").exists() and len(lines(folder)) >= 2
+    ):
         time.sleep(0.1)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does
@@ -208,7 +275,9 @@ def test_told_to_stop_it_saves_and_resumes(tmp_path, number):
     err = process.communicate(timeout=60)[1]
     assert time.monotonic() - start < 10 and leaves_nothing(process.pid)
     done = [x["step"] for x in lines(folder)]
-    assert f"stopped before step {done[-1] + 1}" in err and "reward" in err.split("stopped before")[1], err[-3000:]
+    assert (
+        f"stopped before step {done[-1] + 1}" in err and "reward" in err.split("stopped before")[1]
+    ), err[-3000:]
     assert (folder / f"checkpoints/step-{done[-1] + 1}/about.json").exists()
     if number == signal.SIGTERM:
         more = done[-1] + 3
@@ -229,11 +298,16 @@ class NotANumber(tasks.Calculator):
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("Raises", "reward correct raised ZeroDivisionError"), ("NotANumber", "reward correct returned nan")],
+    [
+        ("Raises", "correct raised ZeroDivisionError"),
+        ("NotANumber", "correct returned nan as a reward"),
+    ],
 )
 def test_a_bad_reward_is_named_with_its_row(tmp_path, name, sentence):
     (tmp_path / "bad.py").write_text(BAD_TASK)
-    done = run(2, "grpo.py", f"--task={tmp_path}/bad.py:{name}", f"--run_dir={tmp_path}/r", "--eval_size=0")
+    done = run(
+        2, "grpo.py", f"--task={tmp_path}/bad.py:{name}", f"--run_dir={tmp_path}/r", "--eval_size=0"
+    )
     said = [line for line in done.stderr.splitlines() if line.startswith("nanoforge:")]
     assert done.returncode != 0 and len(said) == 1, done.stderr[-2000:]
     assert sentence in said[0] and "step 0, slot" in said[0] and "rank 0 (generator)" in said[0]
@@ -249,7 +323,9 @@ def test_a_full_disk(tmp_path):
 
 
 def test_sft_learns_and_its_model_loads(tmp_path):
-    done = run(2, "sft.py", "--steps=60", f"--run_dir={tmp_path}/r", "--eval_every=30", "--eval_size=64")
+    done = run(
+        2, "sft.py", "--steps=60", f"--run_dir={tmp_path}/r", "--eval_every=30", "--eval_size=64"
+    )
     folder = good(done, tmp_path / "r")
     metrics = lines(folder)
     assert metrics[0]["loss"] > 3 > 1.7 > metrics[-1]["loss"]

@@ -13,7 +13,13 @@ MODEL = f"--model={ROOT}/assets/calculator"
 @pytest.fixture
 def ranks(monkeypatch):
     def become(size, rank=0):
-        env = dict(TORCHELASTIC_RUN_ID="x", RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank, TORCHELASTIC_RESTART_COUNT=0)
+        env = dict(
+            TORCHELASTIC_RUN_ID="x",
+            RANK=rank,
+            WORLD_SIZE=size,
+            LOCAL_RANK=rank,
+            TORCHELASTIC_RESTART_COUNT=0,
+        )
         for k, v in env.items():
             monkeypatch.setenv(k, str(v))
 
@@ -42,11 +48,15 @@ def start(*argv, script=grpo):
         (["--prompts_per_step=0"], "prompts_per_step=0"),
         (["--steps=-1"], "steps=-1"),
         (["--num_generators=3"], "num_generators=3 leaves no rank to train"),
-        (["--num_generators=2", "--tensor_parallel_size=4"], "tensor_parallel_size ranks, which must divide"),
+        (
+            ["--num_generators=2", "--tensor_parallel_size=4"],
+            "tensor_parallel_size ranks make an engine",
+        ),
         (["--num_generators=0", "--tensor_parallel_size=2"], "tensor_parallel_size above 1"),
         (["--num_generators=0", "--max_policy_age=1"], "max_policy_age=1"),
         (["--max_new_tokens=1000"], "has 256 positions"),
         (["--model=/nowhere"], "no model there"),
+        ([f"--model={ROOT}/assets/blank"], "no weights in this folder"),
     ],
 )
 def test_wrong_settings(ranks, argv, sentence):
@@ -85,7 +95,13 @@ def test_without_torchrun(monkeypatch):
 def test_roles(ranks):
     ranks(4, rank=2)
     _, w = start("--num_generators=2")
-    assert (w.generates, w.trains, w.writes, w.trainer_ranks, w.engines) == (False, True, True, [2, 3], [[0], [1]])
+    assert (w.generates, w.trains, w.writes, w.trainer_ranks, w.engines) == (
+        False,
+        True,
+        True,
+        [2, 3],
+        [[0], [1]],
+    )
     ranks(6, rank=3)
     _, w = start("--num_generators=4", "--tensor_parallel_size=2")
     assert (w.engines, w.engine, w.leads, w.trains) == ([[0, 1], [2, 3]], 1, False, False)
@@ -104,5 +120,9 @@ def test_help_names_every_setting():
     import subprocess
     import sys
 
-    done = subprocess.run([sys.executable, str(ROOT / "grpo.py"), "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "rows that an engine runs at once" in " ".join(done.stdout.split())
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "grpo.py"), "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0 and "rows that an engine runs at once" in " ".join(
+        done.stdout.split()
+    )

@@ -12,7 +12,9 @@ from tasks import Episode
 
 
 def cfg(**extra):
-    return SimpleNamespace(**{"seed": 0, "prompts_per_step": 16, "task": "calculator", "task_data": "", **extra})
+    return SimpleNamespace(
+        **{"seed": 0, "prompts_per_step": 16, "task": "calculator", "task_data": "", **extra}
+    )
 
 
 def say(text, answer=None, **problem):
@@ -28,7 +30,16 @@ def test_calculator_answers_calls(calculator):
     assert calculator.reply(say("[63*11]")) == "=693"
     assert calculator.reply(say("[693+48]")) == "=741"
     assert calculator.reply(say("[2-5]")) == "=-3"
-    for text in ("63*11", "[63*]", "[]", "[9**9]", "[9/3]", "[__import__('os')]", "[1e9]", "[" + "9" * 60 + "]"):
+    for text in (
+        "63*11",
+        "[63*]",
+        "[]",
+        "[9**9]",
+        "[9/3]",
+        "[__import__('os')]",
+        "[1e9]",
+        "[" + "9" * 60 + "]",
+    ):
         assert calculator.reply(say(text)) is None, text
 
 
@@ -51,7 +62,11 @@ def test_prompts_come_from_names(calculator):
     epoch = len(calculator.train) // 16
     seen = [calculator.problem(step, slot)["prompt"] for step in range(epoch) for slot in range(16)]
     assert len(set(seen)) == len(seen) == len(calculator.train)  # an epoch is a permutation
-    assert calculator.problem(3, 4, attempt=1) == calculator.problem(3, 4, attempt=1) != calculator.problem(3, 4)
+    assert (
+        calculator.problem(3, 4, attempt=1)
+        == calculator.problem(3, 4, attempt=1)
+        != calculator.problem(3, 4)
+    )
     assert tasks.Calculator(cfg(seed=1)).problem(0, 0) != calculator.problem(0, 0)
 
 
@@ -62,7 +77,14 @@ def test_demonstrations_are_right_and_hold_both_strategies(calculator):
         assert calculator.correct(say(reply, tasks.calculate(prompt[:-1]))) == 1
     tools = [pieces for pieces in made if "[" in pieces[1][0]]
     assert 0.2 < len(tools) / 400 < 0.4
-    assert [trained for _, trained in tools[0]] == [False, True, False, True, False, True]  # the tool's words are not
+    assert [trained for _, trained in tools[0]] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]  # the tool's words are not
     early = [calculator.demonstration(str(i), progress=0.1) for i in range(400)]
     assert 0.7 < sum("[" in pieces[1][0] for pieces in early) / 400 < 0.9
 
@@ -102,7 +124,13 @@ def test_math_answer(text, target, reward):
 
 @pytest.mark.parametrize(
     ("text", "reward"),
-    [("<think>so</think>", 1.0), ("<think> \n</think>", 0.2), ("<think>so", 0.2), ("so</think>", 0.2), ("so", 0.0)],
+    [
+        ("<think>so</think>", 1.0),
+        ("<think> \n</think>", 0.2),
+        ("<think>so", 0.2),
+        ("so</think>", 0.2),
+        ("so", 0.0),
+    ],
 )
 def test_thinking(text, reward):
     assert tasks.thinking(say(text)) == reward
@@ -127,13 +155,17 @@ def test_parquet_and_jsonl_are_read_alike(tmp_path):
     rows = [{"question": f"q{i}", "answer": f"because\n#### {i}"} for i in range(5)]
     (tmp_path / "jsonl").mkdir(), (tmp_path / "parquet").mkdir()
     for split in ("train", "test"):
-        (tmp_path / "jsonl" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (tmp_path / "jsonl" / f"{split}.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in rows)
+        )
         datasets.Dataset.from_list(rows).to_parquet(tmp_path / "parquet" / f"{split}.parquet")
     a, b = (tasks.GSM8K(cfg(task_data=str(tmp_path / kind))) for kind in ("jsonl", "parquet"))
     assert a.train == b.train and a.train[3] == {"prompt": "q3", "answer": "3"}
 
 
-@pytest.mark.skipif(not (SHARED / "data/gsm8k").exists(), reason="the GSM8K files are not on this machine")
+@pytest.mark.skipif(
+    not (SHARED / "data/gsm8k").exists(), reason="the GSM8K files are not on this machine"
+)
 def test_gsm8k():
     task = tasks.GSM8K(cfg(task_data=str(SHARED / "data/gsm8k")))
     assert (len(task.train), len(task.heldout)) == (7473, 1319)
@@ -143,6 +175,11 @@ def test_gsm8k():
 def test_a_user_task_and_a_wrong_name(tmp_path):
     (tmp_path / "mine.py").write_text("import tasks\nclass Mine(tasks.SumDigits):\n    pass\n")
     assert type(tasks.load_task(cfg(task=f"{tmp_path}/mine.py:Mine"))).__name__ == "Mine"
-    for name in ("nonsense", f"{tmp_path}/mine.py:Other", f"{tmp_path}/none.py:Mine", f"{tmp_path}/none.jsonl"):
+    for name in (
+        "nonsense",
+        f"{tmp_path}/mine.py:Other",
+        f"{tmp_path}/none.py:Mine",
+        f"{tmp_path}/none.jsonl",
+    ):
         with pytest.raises(UserError):
             tasks.load_task(cfg(task=name))

