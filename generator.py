@@ -189,19 +189,7 @@ class Generator:
 
     def ask(self, row: Row, may_go_on: bool):
         row.asked = time.monotonic()
-        self.jobs[self.pool.submit(self.judge, row, may_go_on)] = row
-
-    def judge(self, row: Row, may_go_on: bool) -> str | None:
-        """In the pool: the environment's reply; None once the rewards are written in the row."""
-        where = f"{row.name()}, prompt {row.episode.problem['prompt'][:60]!r}"
-        reply = guarded(self.task.reply, row.episode, where) if may_go_on else None
-        if reply is None:
-            for function in self.task.rewards:
-                value = guarded(function, row.episode, where)
-                if not isinstance(value, (int, float)) or not math.isfinite(value):
-                    raise UserError(f"{function.__name__} returned {value!r} as a reward ({where})")
-                row.rewards[function.__name__] = float(value)
-        return reply
+        self.jobs[self.pool.submit(judge, self.task, row, may_go_on)] = row
 
     def apply_jobs(self):
         """Take what the pool has finished: the next turn of a row, or its end.
@@ -315,6 +303,19 @@ class Generator:
         """After the last step: the last evaluation's results, in a table without rows."""
         self.finish_evaluation()
         return Rollouts(info=self.report() if self.world.generates else {})
+
+
+def judge(task, row: Row, may_go_on: bool) -> str | None:
+    """In the pool: the environment's reply; None once the rewards are written in the row."""
+    where = f"{row.name()}, prompt {row.episode.problem['prompt'][:60]!r}"
+    reply = guarded(task.reply, row.episode, where) if may_go_on else None
+    if reply is None:
+        for function in task.rewards:
+            value = guarded(function, row.episode, where)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise UserError(f"{function.__name__} returned {value!r} as a reward ({where})")
+            row.rewards[function.__name__] = float(value)
+    return reply
 
 
 def guarded(function, episode: Episode, where: str):

@@ -108,7 +108,8 @@ class Run:
         if folder:
             trainer.load(pathlib.Path(folder))
         start = self.world.agree(trainer.version)
-        self.truncate(start)
+        if wanted != "no":
+            self.truncate(start)
         return start
 
     def save(self, trainer, step: int):

@@ -172,6 +172,29 @@ def test_gsm8k():
     assert all(tasks.number(e["answer"]) is not None for e in task.train + task.heldout)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "1"])
+def test_a_reward_that_is_no_number_is_named_with_its_row(calculator, value):
+    from generator import judge
+    from rollouts import Row
+
+    def generous(episode):
+        return value
+
+    task = SimpleNamespace(reply=calculator.reply, rewards=[calculator.correct, generous])
+    row = Row(3, 4, 0, 5, Episode({"prompt": "1*2+3=", "answer": 5}, ["#5"]))
+    with pytest.raises(UserError, match="generous returned .* step 3, slot 4, reply 5, prompt '1"):
+        judge(task, row, may_go_on=False)
+
+
+def test_judge_goes_on_or_rewards(calculator):
+    from generator import judge
+    from rollouts import Row
+
+    row = Row(0, 0, 0, 0, Episode({"prompt": "1*2+3=", "answer": 5}, ["[1*2]"]))
+    assert judge(calculator, row, may_go_on=True) == "=2" and row.rewards == {}
+    assert judge(calculator, row, may_go_on=False) is None and row.rewards == {"correct": 0.0}
+
+
 def test_a_user_task_and_a_wrong_name(tmp_path):
     (tmp_path / "mine.py").write_text("import tasks\nclass Mine(tasks.SumDigits):\n    pass\n")
     assert type(tasks.load_task(cfg(task=f"{tmp_path}/mine.py:Mine"))).__name__ == "Mine"
