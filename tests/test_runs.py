@@ -289,7 +289,10 @@ def test_told_to_stop_it_saves_and_resumes(tmp_path, number):
 
 def test_a_reward_that_raises_is_named_with_its_row(tmp_path):
     (tmp_path / "bad.py").write_text(
-        "import tasks\nclass Bad(tasks.Calculator):\n    def correct(self, e):\n        return 1 / 0\n"
+        "import tasks\n"
+        "class Bad(tasks.Calculator):\n"
+        "    def correct(self, e):\n"
+        "        return 1 / 0\n"
     )
     args = [f"--task={tmp_path}/bad.py:Bad", f"--run_dir={tmp_path}/r", "--eval_size=0"]
     done = run(2, "grpo.py", *args)
@@ -302,7 +305,7 @@ def test_a_reward_that_raises_is_named_with_its_row(tmp_path):
 def test_a_full_disk(tmp_path):
     folder = tmp_path / "r"
     folder.mkdir()
-    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    (folder / "samples.jsonl").symlink_to("/dev/full")
     done = run(2, "grpo.py", f"--run_dir={folder}", *SMALL, "--eval_size=0")
     said = [line for line in done.stderr.splitlines() if line.startswith("nanoforge:")]
     assert done.returncode != 0 and len(said) == 1 and "No space left on device" in said[0]

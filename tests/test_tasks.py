@@ -182,7 +182,7 @@ def test_a_reward_that_is_no_number_is_named_with_its_row(calculator, value):
 
     task = SimpleNamespace(reply=calculator.reply, rewards=[calculator.correct, generous])
     row = Row(3, 4, 0, 5, Episode({"prompt": "1*2+3=", "answer": 5}, ["#5"]))
-    with pytest.raises(UserError, match="generous returned .* step 3, slot 4, reply 5, prompt '1"):
+    with pytest.raises(UserError, match="generous returned .*.*step 3, slot 4, reply 5, prompt '1"):
         judge(task, row, may_go_on=False)
 
 
