@@ -14,7 +14,8 @@ else
 PY := .venv/bin/python
 READY := .venv/.ready
 endif
-TORCHRUN := $(PY) -m torch.distributed.run --shutdown-timeout=10
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 10
+TORCHRUN := $(PY) -m torch.distributed.run
 
 .PHONY: install grpo sft test test-all lint
 install: $(READY)

@@ -25,7 +25,7 @@ class Config:
 
     run_dir: str = "runs/sft"  # this run's own folder
     seed: int = 0  # of the order of examples and of random weights
-    steps: int = 500  # optimizer steps = batches
+    steps: int = 700  # optimizer steps = batches
     model: str = "assets/blank"  # local folder (without weights: random ones), or hub name
     random_init: bool = False  # random weights of the model's shape
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on GPUs

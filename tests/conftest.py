@@ -16,6 +16,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",  # seconds that torchrun waits before it kills
 }
 
 
