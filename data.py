@@ -10,9 +10,7 @@ from tasks import load_task, read_examples
 
 
 class Examples:
-    """What is trained, in which order: example i of a file by a permutation per epoch, or
-    demonstration i of a task.
-    """
+    """What is trained, in which order: rows of a file, permuted by epoch, or demonstrations."""
 
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer, self.order = cfg, tokenizer, (None, [])
@@ -36,9 +34,7 @@ class Examples:
         return self.encode(self.task.demonstration(f"{self.cfg.seed}/{split}/{i}", progress))
 
     def example(self, i: int) -> tuple[list[int], list[bool]]:
-        """(tokens, mask) of the i-th example that is trained: by the seed and i alone, so a resumed
-        run goes on.
-        """
+        """(tokens, mask) of the i-th example, by the seed and i alone: a resumed run goes on."""
         if not self.cfg.data:
             return self.demonstration("train", i, i / (self.cfg.steps * self.cfg.rows_per_step))
         epoch, place = divmod(i, len(self.train))
@@ -48,24 +44,17 @@ class Examples:
         return self.train[self.order[1][place]]
 
     def encode(self, text: list[tuple[str, bool]] | list[dict]) -> tuple[list[int], list[bool]]:
-        """Pieces of (text, trained) and a trained EOS behind them; or chat messages by the
-        template.
-        """
+        """Pieces (text, trained) and a trained EOS behind them; or messages by the template."""
         if text and isinstance(text[0], dict):
             return self.encode_chat(text)
         tokens, mask = [], []
-        for (
-            piece,
-            trained,
-        ) in text:  # the first piece gets the tokenizer's own BOS, as the generator's prompts do
+        for piece, trained in text:  # the first gets the tokenizer's BOS, as prompts in RL do
             ids = self.tokenizer.encode(piece, add_special_tokens=not tokens)
             tokens, mask = tokens + ids, mask + [trained] * len(ids)
         return tokens + [self.tokenizer.eos_token_id], mask + [True]
 
     def encode_chat(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
-        """The model's own template; what it adds for an assistant message, behind its generation
-        prompt, is trained.
-        """
+        """By the model's own template; what an assistant message adds to its prompt is trained."""
 
         def template(upto: int, prompt: bool) -> list[int]:
             return self.tokenizer.apply_chat_template(
@@ -90,9 +79,7 @@ class Examples:
         return table(self.heldout, 0) if world.writes and self.heldout else Rollouts()
 
     def batch(self, step: int, world) -> Rollouts:
-        """The rows of a step as a table, on the first trainer; no rows elsewhere. `gather` deals
-        them out.
-        """
+        """The rows of a step as a table, on the first trainer; `gather` deals them out."""
         if not world.writes:
             return Rollouts()
         first = step * self.cfg.rows_per_step
@@ -115,9 +102,7 @@ def pieces(example: dict, source: str, line: int) -> list:
 
 
 def table(rows: list[tuple[list[int], list[bool]]], step: int) -> Rollouts:
-    """(tokens, mask) rows -> table. What only RL has (log-probs, versions, advantages, rewards) is
-    zero.
-    """
+    """Rows (tokens, mask) -> table. What only RL has is zero."""
     n, t = len(rows), max(len(tokens) for tokens, _ in rows)
     tokens, mask = torch.zeros(n, t, dtype=torch.int64), torch.zeros(n, t, dtype=torch.bool)
     for i, (ids, trained) in enumerate(rows):

@@ -17,7 +17,7 @@ import weights
 from generator import Generator
 from model import check_config, has_weights
 from rollouts import gather
-from runtime import UserError, launch, load_symbol
+from runtime import UserError, at_least, launch, load_symbol
 from tasks import load_task
 from trainer import Trainer
 
@@ -102,25 +102,11 @@ def check(cfg: Config, world):
         raise UserError(
             f"max_policy_age={cfg.max_policy_age}: ranks that also train cannot sample ahead; use 0"
         )
-    for name in (
-        "prompts_per_step",
-        "group_size",
-        "max_new_tokens",
-        "max_prompt_tokens",
-        "tokens_per_microbatch",
-    ):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"{name}={getattr(cfg, name)}: must be at least 1")
-    for name in (
-        "steps",
-        "max_policy_age",
-        "eval_every",
-        "eval_size",
-        "save_every",
-        "warmup_steps",
-    ):
-        if getattr(cfg, name) < 0:
-            raise UserError(f"{name}={getattr(cfg, name)}: must be at least 0")
+    least = {"prompts_per_step": 1, "group_size": 1, "max_prompt_tokens": 1, "max_new_tokens": 1}
+    least |= {"max_turns": 1, "task_workers": 1, "eval_samples": 1, "max_num_seqs": 1}
+    least |= {"tokens_per_microbatch": 1, "sync_bucket_mb": 1, "head_chunk": 0, "lr": 0, "steps": 0}
+    least |= {"max_policy_age": 0, "eval_every": 0, "eval_size": 0, "save_every": 0}
+    at_least(cfg, least)
     find_loss(cfg.loss)
     cfg.model = cfg.model.removeprefix("hf://")
     if not cfg.random_init and not has_weights(cfg.model):
@@ -153,46 +139,30 @@ def main(cfg: Config, world, run):
     generator = Generator(cfg, world, task, tokenizer, version=start)
 
     for step in range(start, cfg.steps):
-        weights.sync(
-            trainer, generator, world
-        )  # version = step; engines keep stepping until the trainers arrive
+        weights.sync(trainer, generator, world)  # version = step; rows in flight go on
         rollouts = generator.collect(step)  # until batch `step` is complete, rewards included
-        rollouts.advantage = losses.group_advantages(
-            rollouts, cfg.advantage
-        )  # an engine holds whole groups
+        rollouts.advantage = losses.group_advantages(rollouts, cfg.advantage)
         rollouts = gather(rollouts, world, cfg.tokens_per_microbatch)  # generators -> trainers
         if rollouts.stop:
             return run.stopped(trainer, step)
         metrics = trainer.step(rollouts, loss, losses.divisor(rollouts.all, cfg))
         run.log(step, {**table_metrics(rollouts.all), **metrics}, rollouts)
         run.save(trainer, step + 1)
-    weights.sync(
-        trainer, generator, world
-    )  # the last evaluation and the export are the same version
+    weights.sync(trainer, generator, world)  # the last evaluation and the export are one version
     run.log(cfg.steps, {}, gather(generator.finish(), world, cfg.tokens_per_microbatch))
     weights.export(trainer, run.folder / "model", world)
 
 
 def table_metrics(table) -> dict[str, float]:
     """Figures of the whole batch that need no model."""
-    groups = table.index.unique(return_inverse=True)[1]
-    high = table.reward.new_full((int(groups.max()) + 1,), -float("inf")).scatter_reduce(
-        0, groups, table.reward, "amax"
-    )
-    low = table.reward.new_full((int(groups.max()) + 1,), float("inf")).scatter_reduce(
-        0, groups, table.reward, "amin"
-    )
-    each = {f"reward/{name}": values.mean().item() for name, values in table.rewards.items()}
+    mean, each = lambda x: x.float().mean().item(), table.rewards  # noqa: E731
     return {
-        "reward": table.reward.mean().item(),
-        "reward_std": table.reward.std().item(),
-        **(each if len(each) > 1 else {}),
-        "equal_groups": (high == low)
-        .float()
-        .mean()
-        .item(),  # groups whose rewards are all equal: nothing to learn
-        "finished": table.finished.float().mean().item(),
-        "length": table.sampled.float().mean().item(),
+        "reward": mean(table.reward),
+        "reward_std": table.reward.std(correction=0).item(),
+        **({f"reward/{name}": mean(x) for name, x in each.items()} if len(each) > 1 else {}),
+        "equal_groups": mean(losses.equal_groups(table)),  # groups that teach nothing
+        "finished": mean(table.finished),
+        "length": mean(table.sampled),
     }
 
 

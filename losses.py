@@ -22,17 +22,24 @@ def group_advantages(rollouts, kind: str = "mean_std") -> torch.Tensor | None:
     _, group = torch.unique(rollouts.index, return_inverse=True)  # (N,) number of the row's group
     reward = rollouts.reward.double()
     size = torch.bincount(group).double()  # (groups,)
-    mean = torch.bincount(group, reward) / size
-    centred = reward - mean[group]
-    low = torch.full_like(mean, float("inf")).scatter_reduce(0, group, reward, "amin")
-    high = torch.full_like(mean, -float("inf")).scatter_reduce(0, group, reward, "amax")
-    centred[(low == high)[group]] = (
-        0.0  # a mean of equal numbers can differ from them in the last bit
-    )
+    centred = reward - (torch.bincount(group, reward) / size)[group]
+    # A mean of equal numbers can differ from them in the last bit.
+    centred[equal_groups(rollouts)[group]] = 0.0
     if kind == "mean_std":
         variance = torch.bincount(group, centred**2) / (size - 1).clamp(min=1)
         centred = centred / (variance.sqrt()[group] + 1e-4)
     return centred.float()[:, None] * rollouts.mask  # (N, T)
+
+
+def equal_groups(table) -> torch.Tensor:
+    """(groups,) bool, by ascending index: whether all rewards of the group are equal."""
+    _, group = torch.unique(table.index, return_inverse=True)
+    extreme = table.reward.new_zeros(int(group.max()) + 1)
+    low, high = (
+        extreme.scatter_reduce(0, group, table.reward, kind, include_self=False)
+        for kind in ("amin", "amax")
+    )
+    return low == high
 
 
 def divisor(table, cfg) -> float:

@@ -1,5 +1,4 @@
-"""The policy: a Hugging Face causal LM under FSDP2, fed with packed rows, that answers with
-log-probs.
+"""The policy: a Hugging Face causal LM under FSDP2. Packed rows in, log-probs out.
 
 Rows lie one behind the other in a single sequence without padding; attention keeps them apart. The
 head never holds all logits: it goes through the sampled positions in chunks, forward and backward.
@@ -31,15 +30,13 @@ class Pack:
 
     starts: torch.Tensor  # (B + 1,) int32: where each row starts, and the end
     longest: int
-    slot: (
-        torch.Tensor
-    )  # (sum of lengths,) int64: place of each token in the padded (B * longest) layout
+    slot: torch.Tensor  # (sum of lengths,) int64: each token's place in the padded layout
 
 
 def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack = None, **kwargs):
-    """(1, H, tokens, D) queries, (1, H_kv, tokens, D) keys and values -> (1, tokens, H, D): causal
-    within each row.
+    """Queries (1, H, tokens, D), keys and values (1, H_kv, tokens, D) -> (1, tokens, H, D).
 
+    Causal within each row.
     CUDA: flash attention over the packed layout. CPU: rows are laid out padded for this one
     operation, because attention over the whole pack would cost tokens^2; the padding is at the end,
     where causality hides it.
@@ -50,18 +47,8 @@ def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack =
 
         groups = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v)) if groups > 1 else (k, v)
-        out = varlen_attn(
-            q,
-            k,
-            v,
-            pack.starts,
-            pack.starts,
-            pack.longest,
-            pack.longest,
-            scale=scaling,
-            window_size=(-1, 0),
-        )
-        return out[None], None
+        rows = (pack.starts, pack.starts, pack.longest, pack.longest)
+        return varlen_attn(q, k, v, *rows, scale=scaling, window_size=(-1, 0))[None], None
     rows = len(pack.starts) - 1
 
     def padded(x):  # (tokens, H, D) -> (B, H, longest, D)
@@ -76,26 +63,21 @@ def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack =
 
 
 AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register(
-    "packed", lambda *args, **kwargs: None
-)  # rows are told apart by Pack, not by a mask
+# Rows are told apart by Pack, not by a mask.
+AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
 
 # ---------------------------------------------------------------- head
 
 
 def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b with the result in (at least) float32, also from bf16 inputs: logits must not be
-    rounded to bf16.
-    """
+    """a @ b in at least float32, also from bf16 inputs: logits must not be rounded to bf16."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 class ChunkedHead(torch.autograd.Function):
-    """log p(target) and entropy from hidden states, `chunk` positions at a time; backward computes
-    the logits again.
-    """
+    """log p(target) and entropy, `chunk` positions at a time; backward makes the logits again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
@@ -120,9 +102,8 @@ class ChunkedHead(torch.autograd.Function):
         for at in torch.arange(len(targets), device=hidden.device).split(ctx.chunk):
             a, b = int(at[0]), int(at[-1]) + 1
             h, g = hidden[a:b], grad[a:b, None]
-            d_logits = (
-                matmul_fp32(h, weight.T).div_(ctx.temperature).softmax(-1).mul_(-g)
-            )  # (chunk, V)
+            logits = matmul_fp32(h, weight.T).div_(ctx.temperature)  # (chunk, V)
+            d_logits = logits.softmax(-1).mul_(-g)
             d_logits.scatter_add_(1, targets[a:b, None], g.to(d_logits.dtype)).div_(ctx.temperature)
             d_logits = d_logits.to(weight.dtype)
             d_hidden[a:b] = d_logits @ weight
@@ -147,9 +128,7 @@ def head_logprobs(hidden, weight, targets, temperature: float, chunk: int):
 
 
 class Policy(nn.Module):
-    """Rollouts in, log-probs out. The one place that knows that logits at t - 1 predict the token
-    at t.
-    """
+    """Rollouts in, log-probs out. Only here stands that logits at t - 1 predict the token at t."""
 
     def __init__(self, lm: nn.Module, temperature: float, chunk: int):
         super().__init__()
@@ -159,8 +138,9 @@ class Policy(nn.Module):
                 module.p = 0.0
 
     def forward(self, tokens, length, mask):
-        """(B, T) tokens, (B,) lengths, (B, T) mask of the wanted tokens -> (B, T) log-probs and
-        entropy, 0 elsewhere.
+        """Tokens (B, T), lengths (B,), mask of the wanted tokens (B, T) -> log-probs and entropy.
+
+        Both are (B, T) and 0 where nothing was wanted. The entropy has no gradient.
         """
         real = torch.arange(tokens.shape[1], device=tokens.device) < length[:, None]  # (B, T)
         slot = real.flatten().nonzero().flatten()
@@ -175,35 +155,28 @@ class Policy(nn.Module):
             use_cache=False,
             pack=pack,
         ).last_hidden_state[0]
-        wanted = (
-            (mask[real] & (positions > 0)).nonzero().flatten()
-        )  # a row's first token has nothing before it
-        values = head_logprobs(
-            hidden[wanted - 1],
-            self.lm.get_output_embeddings().weight,
-            packed[wanted],
-            self.temperature,
-            self.chunk,
+        # A row's first token has nothing before it.
+        wanted = (mask[real] & (positions > 0)).nonzero().flatten()
+        head = self.lm.get_output_embeddings().weight
+        logprobs, entropy = head_logprobs(
+            hidden[wanted - 1], head, packed[wanted], self.temperature, self.chunk
         )
-        out = [
-            v.new_zeros(tokens.numel()).index_copy(0, slot[wanted], v).view(tokens.shape)
-            for v in values
-        ]
-        return out[0], out[1].detach()
+
+        def table(values):
+            flat = values.new_zeros(tokens.numel()).index_copy(0, slot[wanted], values)
+            return flat.view(tokens.shape)
+
+        return table(logprobs), table(entropy.detach())
 
 
 def check_config(path: str) -> AutoConfig:
-    """The model's config.json, or a UserError: not there, not a causal LM, or attention that is not
-    covered yet.
-    """
+    """The model's configuration; UserError if there is none, or it is of a kind not covered."""
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"model={path}: no model there ({str(error).splitlines()[0]})") from None
     if not any(name.endswith("ForCausalLM") for name in config.architectures or []):
-        raise UserError(
-            f"model={path}: {config.architectures} is not a causal language model (…ForCausalLM)"
-        )
+        raise UserError(f"model={path}: {config.architectures} is not a causal language model")
     types = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     softcap = any("softcap" in k and v for k, v in config.to_dict().items())
@@ -225,14 +198,12 @@ def has_weights(path: str) -> bool:
 def build_policy(cfg, world) -> Policy:
     """Load (or initialise) the model, shard it over the trainers. Collective over the trainers."""
     master = torch.float64 if cfg.dtype == "float64" else torch.float32
-    config = check_config(cfg.model)
+    config, how = check_config(cfg.model), {"dtype": master, "attn_implementation": "packed"}
     if cfg.random_init or not has_weights(cfg.model):
         torch.manual_seed(cfg.seed)
-        lm = AutoModelForCausalLM.from_config(config, dtype=master, attn_implementation="packed")
+        lm = AutoModelForCausalLM.from_config(config, **how)
     else:
-        lm = AutoModelForCausalLM.from_pretrained(
-            cfg.model, dtype=master, attn_implementation="packed"
-        )
+        lm = AutoModelForCausalLM.from_pretrained(cfg.model, **how)
     lm.train()
     if cfg.activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -247,20 +218,16 @@ def build_policy(cfg, world) -> Policy:
         if cfg.compile:
             layer.compile()
         fully_shard(layer, mesh=mesh, mp_policy=precision)
-    policy = fully_shard(
-        Policy(lm, getattr(cfg, "temperature", 1.0), cfg.head_chunk), mesh=mesh, mp_policy=precision
-    )
+    policy = Policy(lm, getattr(cfg, "temperature", 1.0), cfg.head_chunk)
+    fully_shard(policy, mesh=mesh, mp_policy=precision)
     for module in policy.modules():
         if hasattr(module, "set_gradient_divide_factor"):
-            module.set_gradient_divide_factor(
-                1.0
-            )  # gradients are sums; the loss was divided by the global count
-            module.set_force_sum_reduction_for_comms(True)  # and gloo knows no other reduction
+            module.set_gradient_divide_factor(1.0)  # sums: the loss has its global divisor
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     return policy
 
 
 def compute_dtype(cfg, world) -> torch.dtype:
     """`dtype=auto` is bfloat16 on a GPU and float32 on a CPU."""
-    return getattr(
-        torch, ("bfloat16" if world.cuda else "float32") if cfg.dtype == "auto" else cfg.dtype
-    )
+    auto = "bfloat16" if world.cuda else "float32"
+    return getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)

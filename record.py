@@ -6,6 +6,7 @@ Every rank has a `Run` (for its log file); only the first trainer rank writes th
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -28,18 +29,13 @@ class Run:
         self.folder, self.last_log = pathlib.Path(cfg.run_dir), time.time()
         self.rows: list[dict] = []  # the lines of metrics.jsonl that the end table needs
         self.evals: dict[int, tuple[float, float]] = {}  # version -> mean and standard error
-        self.partial: dict[
-            int, list[float]
-        ] = {}  # version -> rows, sum and sum of squares that arrived so far
+        self.partial: dict[int, list[float]] = {}  # version -> rows, sum, squares so far
         self.screen = os.fdopen(os.dup(2), "w", buffering=1)
         if world.writes and cfg.resume == "no" and (self.folder / "config.yaml").exists():
-            k = next(
-                k
-                for k in range(1, 10**6)
-                if not self.folder.with_name(f"{self.folder.name}.{k}").exists()
-            )
-            self.folder.rename(self.folder.with_name(f"{self.folder.name}.{k}"))
-            self.say(f"{self.folder} held an earlier run: it is now {self.folder}.{k}")
+            kept = (pathlib.Path(f"{self.folder}.{k}") for k in itertools.count(1))
+            kept = next(path for path in kept if not path.exists())
+            self.folder.rename(kept)
+            self.say(f"{self.folder} held an earlier run: it is now {kept}")
         world.agree(None)
         (self.folder / "log").mkdir(parents=True, exist_ok=True)
         self.log_file = self.folder / "log" / f"rank{world.rank}.log"
@@ -60,56 +56,41 @@ class Run:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[name] = importlib.metadata.version(name)
         about = {"command": " ".join(sys.argv), "ranks": self.world.size, "versions": versions}
-        settings_text = yaml.safe_dump(dataclasses.asdict(self.cfg), sort_keys=False)
-        comment = "".join(
-            f"# {line}\n" for line in yaml.safe_dump(about, sort_keys=False).splitlines()
-        )
-        (self.folder / "config.yaml").write_text(comment + settings_text)
+        comment = "".join(f"# {x}\n" for x in yaml.safe_dump(about, sort_keys=False).splitlines())
+        settings = yaml.safe_dump(dataclasses.asdict(self.cfg), sort_keys=False)
+        (self.folder / "config.yaml").write_text(comment + settings)
 
     def append(self, name: str, *objects: dict):
         with open(self.folder / name, "a") as f:
             f.writelines(json.dumps(o) + "\n" for o in objects)
 
     def truncate(self, start: int):
-        """After a resume: forget the lines of steps that will be done again, so that no step stands
-        twice.
-        """
-        if not self.world.writes:
-            return
-        for name, key in (("metrics.jsonl", "step"), ("samples.jsonl", "step")):
+        """After a resume: forget the lines of steps that will be done again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
             if not path.exists():
                 continue
-            kept = [
-                line for line in map(json.loads, path.read_text().splitlines()) if line[key] < start
-            ]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            kept = [x for x in map(json.loads, path.read_text().splitlines()) if x["step"] < start]
+            path.write_text("".join(json.dumps(x) + "\n" for x in kept))
             if name == "metrics.jsonl":
-                self.rows = [line for line in kept if "eval_reward" not in line]
-                self.evals = {
-                    e["step"]: (e["eval_reward"], e["eval_stderr"])
-                    for e in kept
-                    if "eval_reward" in e
-                }
+                evals = [x for x in kept if "eval_reward" in x]
+                self.evals = {x["step"]: (x["eval_reward"], x["eval_stderr"]) for x in evals}
+                self.rows = [x for x in kept if "eval_reward" not in x]
 
     def resume(self, trainer) -> int:
-        """Load the checkpoint that the settings ask for, if there is one. Returns the first step to
-        do. Collective.
+        """Load the checkpoint that is asked for, if any; returns the first step to do. Collective.
+
+        A restart by torchrun asks for the newest one.
         """
         wanted = self.cfg.resume if self.world.restart == "0" else "auto"
-        folder = (
-            latest_checkpoint(self.folder)
-            if wanted == "auto"
-            else wanted
-            if wanted != "no"
-            else None
-        )
-        folder = self.world.agree(folder)
+        newest = latest_checkpoint(self.folder)
+        folder = self.world.agree({"no": None, "auto": newest}.get(wanted, wanted))
         if folder:
             trainer.load(pathlib.Path(folder))
         start = self.world.agree(trainer.version)
-        if wanted != "no":
+        if wanted != "no" and self.world.writes:
             self.truncate(start)
+        self.world.phase = "the loop"
         return start
 
     def save(self, trainer, step: int):
@@ -144,13 +125,10 @@ class Run:
         return out
 
     def log(self, step: int, metrics: dict, rollouts):
-        """Write one step: metrics, samples, finished evaluations and the spans of every rank. No
-        collective.
-        """
+        """Write one step: metrics, samples, evaluations, spans of all ranks. No collective."""
         if metrics and getattr(self.cfg, "save_rollouts", False) and len(rollouts):
-            rollouts.save(
-                self.folder / "rollouts" / str(step) / f"rank{self.world.rank}.safetensors"
-            )
+            part = f"rollouts/{step}/rank{self.world.rank}.safetensors"
+            rollouts.save(self.folder / part)
         if not self.world.writes:
             return
         times = self.times(rollouts.infos)
@@ -162,20 +140,14 @@ class Run:
             for part in info.get("evals", []):
                 self.evaluation(**part)
         if metrics:
-            line = {
-                "step": step,
-                **metrics,
-                **times,
-                "tokens_per_second": metrics["tokens"] / times["step_s"],
-            }
+            rate = {"tokens_per_second": metrics["tokens"] / times["step_s"]}
+            line = {"step": step, **metrics, **times, **rate}
             self.rows.append(line)
             self.append("metrics.jsonl", line)
             self.advance(step, line)
 
     def evaluation(self, version: int, rows: int, total: float, squares: float, of: int):
-        """One engine's part of an evaluation of the weights `version`; the line is written when all
-        parts are here.
-        """
+        """One engine's part of an evaluation; its line is written when all parts are here."""
         parts = self.partial.setdefault(version, [0, 0.0, 0.0])
         for i, value in enumerate((rows, total, squares)):
             parts[i] += value
@@ -188,47 +160,25 @@ class Run:
 
     def advance(self, step: int, metrics: dict):
         if self.bar is None:
-            self.bar = tqdm(
-                total=self.cfg.steps,
-                initial=step,
-                file=self.screen,
-                dynamic_ncols=True,
-                unit="step",
-            )
+            where = {"file": self.screen, "dynamic_ncols": True}
+            self.bar = tqdm(total=self.cfg.steps, initial=step, unit="step", **where)
         shown = {k: f"{metrics[k]:.3f}" for k in ("reward", "loss") if k in metrics}
         if self.evals:
             shown["accuracy"] = f"{self.evals[max(self.evals)][0]:.3f}"
-        self.bar.set_postfix(
-            {**shown, "tok/s": f"{metrics['tokens_per_second']:.0f}"}, refresh=False
-        )
+        shown["tok/s"] = f"{metrics['tokens_per_second']:.0f}"
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step + 1 - self.bar.n)
 
     def trace(self, info: dict):
-        """Append spans in the Chrome trace format, whose closing bracket is optional: it opens at
-        any time.
-        """
-        path = self.folder / "trace.json"
-        role = "generator" if info["rank"] in self.world.generator_ranks else "trainer"
-        name = {
-            "name": "process_name",
-            "ph": "M",
-            "pid": info["rank"],
-            "args": {"name": f"{role} {info['rank']}"},
-        }
-        events = [name] + [
-            {
-                "name": n,
-                "ph": "X",
-                "pid": info["rank"],
-                "tid": 0,
-                "ts": s * 1e6,
-                "dur": (e - s) * 1e6,
-            }
-            for n, s, e in info["spans"]
-        ]
-        with open(path, "a") as f:
+        """Append spans in the Chrome trace format, whose closing bracket is optional."""
+        rank = info["rank"]
+        role = "generator" if rank in self.world.generator_ranks else "trainer"
+        events = [{"name": "process_name", "ph": "M", "args": {"name": f"{role} {rank}"}}]
+        for name, start, end in info["spans"]:  # in microseconds
+            events.append({"name": name, "ph": "X", "ts": start * 1e6, "dur": (end - start) * 1e6})
+        with open(self.folder / "trace.json", "a") as f:
             f.write("[\n" if f.tell() == 0 else "")
-            f.writelines(json.dumps(e) + ",\n" for e in events)
+            f.writelines(json.dumps({**e, "pid": rank, "tid": 0}) + ",\n" for e in events)
 
     def finish(self):
         """The bar's end, the curves, and the table that a person reads."""
@@ -243,25 +193,24 @@ class Run:
         lines = [("steps", f"{self.rows[0]['step']} to {self.rows[-1]['step']}")]
         lines.append((key, f"{values[0]:.3f} at first, {last:.3f} in the last 5 steps"))
         if self.evals:
-            text = [
-                f"{m:.3f} +- {e:.3f}"
-                for m, e in (self.evals[min(self.evals)], self.evals[max(self.evals)])
-            ]
-            lines.append(("held-out accuracy", f"{text[0]} before, {text[1]} after"))
+            ends = self.evals[min(self.evals)], self.evals[max(self.evals)]
+            before, after = (f"{mean:.3f} +- {error:.3f}" for mean, error in ends)
+            lines.append(("held-out accuracy", f"{before} before, {after} after"))
         seconds = time.time() - self.started
         tokens = sum(r["tokens"] for r in self.rows)
-        lines.append(
-            ("time", f"{seconds / 60:.1f} minutes, {tokens / seconds:,.0f} tokens per second")
-        )
-        lines.append(
-            ("results", f"{self.folder}/ (curves.png, metrics.jsonl, samples.jsonl, model/)")
-        )
+        speed = f"{tokens / seconds:,.0f} tokens per second"
+        lines.append(("time", f"{seconds / 60:.1f} minutes, {speed}"))
+        lines.append(("results", f"{self.folder}/ (curves.png, metrics.jsonl, samples.jsonl)"))
         width = max(len(name) for name, _ in lines)
         self.say("\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in lines))
         report.curves(self.folder)
 
 
+def is_checkpoint(folder: pathlib.Path) -> bool:
+    return (folder / "about.json").exists()  # written last
+
+
 def latest_checkpoint(run_folder: pathlib.Path) -> str | None:
     """The newest complete checkpoint of a run, or None."""
-    found = [p for p in run_folder.glob("checkpoints/step-*") if (p / "about.json").exists()]
+    found = [p for p in run_folder.glob("checkpoints/step-*") if is_checkpoint(p)]
     return str(max(found, key=lambda p: int(p.name.removeprefix("step-")))) if found else None

@@ -1,11 +1,9 @@
 """The table that travels, `gather` (generators -> trainers), and the packing plan.
 
-Legend, for every file: N rows of the table, B rows of a micro-batch, T tokens, V vocabulary, G
-replies per prompt. A column (N, T) is about the token *in* that column: logprobs[n, t] is log
-p(tokens[n, t] | tokens[n, :t]).
+Legend, for every file: N rows of the table, B rows of a micro-batch, T tokens, V vocabulary.
+A column (N, T) is about the token *in* that column: logprobs[n, t] = log p(tokens[n, t] | before).
 """
 
-import dataclasses
 import hashlib
 import heapq
 import json
@@ -44,63 +42,40 @@ class Rollouts:
     of every row.
     """
 
-    index: torch.Tensor = (
-        None  # (N,) int64: step * 2^32 + slot of the prompt; rows of one group share it
-    )
-    reply: torch.Tensor = (
-        None  # (N,) int64: number of the row in its group; sorted by (index, reply)
-    )
+    index: torch.Tensor = None  # (N,) int64: step * 2^32 + slot of the prompt; a group's
+    reply: torch.Tensor = None  # (N,) int64: number in its group; sorted by (index, reply)
     length: torch.Tensor = None  # (N,) int64: prompt + all turns
     sampled: torch.Tensor = None  # (N,) int64: tokens that the policy sampled = mask.sum(1)
-    weight: torch.Tensor = (
-        None  # (N,) float32, 0 or 1: whether the row counts in the loss and in every divisor
-    )
+    weight: torch.Tensor = None  # (N,) 0 or 1: whether the row counts, in every divisor too
     finished: torch.Tensor = None  # (N,) bool: ended by itself, not cut off
     reward: torch.Tensor = None  # (N,) float32: sum of the reward functions
-    rewards: dict[str, torch.Tensor] = field(
-        default_factory=dict
-    )  # each function's own (N,) float32
+    rewards: dict[str, torch.Tensor] = field(default_factory=dict)  # each function's own (N,)
     tokens: torch.Tensor = None  # (N, T) int64
-    mask: torch.Tensor = (
-        None  # (N, T) bool: the policy sampled this token; False for prompt and environment
-    )
-    logprobs: torch.Tensor = (
-        None  # (N, T) float32, as sampled (temperature applied), 0 where mask is False
-    )
+    mask: torch.Tensor = None  # (N, T) bool: sampled by the policy, not given
+    logprobs: torch.Tensor = None  # (N, T) float32, as sampled (temperature applied), else 0
     version: torch.Tensor = None  # (N, T) int32: weights that sampled the token, -1 elsewhere
     advantage: torch.Tensor = None  # (N, T) float32
     # Only after gather, only here:
     all: "Rollouts" = None  # the small columns of every row of the batch
-    microbatches: list[list[int]] = field(
-        default_factory=list
-    )  # row numbers of this trainer, by micro-batch
-    infos: list[dict] = field(
-        default_factory=list
-    )  # clocks, spans, samples and notes of every rank
+    microbatches: list[list[int]] = field(default_factory=list)  # this trainer's rows
+    infos: list[dict] = field(default_factory=list)  # what every rank had to tell
     stop: bool = False  # some rank was told to stop
-    # What this rank has to tell besides its rows: samples, notes, evaluations; `gather` brings it
-    # to every rank.
+    # Besides its rows: samples, notes and evaluations, which `gather` brings to every rank.
     info: dict = field(default_factory=dict)
 
     def __len__(self) -> int:
         return 0 if self.index is None else len(self.index)
 
     def columns(self) -> dict[str, torch.Tensor]:
-        return {
-            f.name: v
-            for f in dataclasses.fields(self)
-            if torch.is_tensor(v := getattr(self, f.name))
-        }
+        return {k: v for k, v in vars(self).items() if torch.is_tensor(v)}
 
     def take(self, rows: list[int], device=None) -> "Rollouts":
         """The given rows, with the padding cut to the longest of them, on `device`."""
         at = torch.tensor(rows, dtype=torch.long)
         width = int(self.length[at].max()) if rows else 0
-        cut = {
-            k: (v[at, :width] if v.dim() == 2 else v[at]).to(device)
-            for k, v in self.columns().items()
-        }
-        return Rollouts(**cut, rewards={k: v[at] for k, v in self.rewards.items()})
+        rewards = {k: v[at] for k, v in self.rewards.items()}
+        cut = {k: v[at, :width] if v.dim() == 2 else v[at] for k, v in self.columns().items()}
+        return Rollouts(**{k: v.to(device) for k, v in cut.items()}, rewards=rewards)
 
     def save(self, path: pathlib.Path):
         """All columns as one safetensors file (`load_rollouts` reads a folder of them)."""
@@ -110,26 +85,25 @@ class Rollouts:
 
 
 def load_rollouts(folder: str | pathlib.Path) -> Rollouts:
-    """The table of one step that `--save_rollouts` left: every trainer's rows, sorted by (index,
-    reply).
-    """
+    """One step's table as `--save_rollouts` left it: every trainer's rows, sorted."""
     parts = [load_file(p) for p in sorted(pathlib.Path(folder).glob("*.safetensors"))]
     width = max(p["tokens"].shape[1] for p in parts)
-    wide = [
-        {k: F.pad(v, (0, width - v.shape[1])) if v.dim() == 2 else v for k, v in p.items()}
-        for p in parts
-    ]
-    columns = {k: torch.cat([p[k] for p in wide]) for k in wide[0]}
-    order = sorted(
-        range(len(columns["index"])), key=lambda i: (columns["index"][i], columns["reply"][i])
-    )
-    columns = {k: v[order] for k, v in columns.items()}
-    rewards = {
-        k.removeprefix("rewards/"): columns.pop(k)
-        for k in list(columns)
-        if k.startswith("rewards/")
-    }
-    return Rollouts(**columns, rewards=rewards)
+
+    def wide(name, v):
+        nothing = -1 if name == "version" else 0
+        return F.pad(v, (0, width - v.shape[1]), value=nothing) if v.dim() == 2 else v
+
+    columns = {k: torch.cat([wide(k, p[k]) for p in parts]) for k in parts[0]}
+    key = list(zip(columns["index"].tolist(), columns["reply"].tolist()))
+    order = sorted(range(len(key)), key=key.__getitem__)
+    table, rewards = Rollouts(), {}
+    for name, values in columns.items():
+        if name.startswith("rewards/"):
+            rewards[name.removeprefix("rewards/")] = values[order]
+        else:
+            setattr(table, name, values[order])
+    table.rewards = rewards
+    return table
 
 
 @dataclass
@@ -148,9 +122,7 @@ class Row:
     version: list[int] = field(default_factory=list)
     prompt_length: int = 0
     turn: int = 0
-    borders: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # this turn: (tokens so far, version that made them)
+    borders: list[tuple[int, int]] = field(default_factory=list)  # in this turn
     asked: float = 0.0  # when its environment or its rewards were asked
     finished: bool = False
     rewards: dict[str, float] = field(default_factory=dict)
@@ -164,8 +136,9 @@ class Row:
         self.version += [-1] * n
 
     def append_sampled(self, tokens: list[int], logprobs: list[float], now: int):
-        """A turn of the policy. A log-prob that is not finite (low precision) takes its token out
-        of the loss.
+        """A turn of the policy. A token whose log-prob is not finite is taken out of the loss.
+
+        `borders` are (tokens so far, version that made them): weights that came during the turn.
         """
         versions = []
         for count, version in [*self.borders, (len(tokens), now)]:
@@ -191,9 +164,7 @@ class Row:
         return (self.evaluates, self.step, self.slot, self.attempt, self.reply)
 
     def seed(self, base: int) -> int:
-        """63 bits from the row's name: the same row draws the same numbers in any topology and
-        after a resume.
-        """
+        """63 bits from the row's name: the same numbers in any topology and after a resume."""
         name = f"{base}/{self.key}/{self.turn}"
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -233,8 +204,7 @@ def from_rows(rows: list[Row], reward_names: list[str]) -> Rollouts:
 
 
 def pack(lengths: list[int], num_trainers: int, budget: int) -> list[list[list[int]]]:
-    """Row lengths -> plan[trainer][micro-batch] = row numbers: balanced, and equally many
-    micro-batches for each.
+    """Row lengths -> plan[trainer][micro-batch] = row numbers. Balanced; equally many for each.
 
     Longest row first into the emptiest bin (LPT). A bin holds at most `budget` tokens; a longer row
     has a bin alone. Every rank computes the same plan from the same lengths, so nothing needs to be
@@ -256,8 +226,7 @@ def pack(lengths: list[int], num_trainers: int, budget: int) -> list[list[list[i
         per_trainer += 1
     loads = {b: load for load, b in heap}
     plan = [[] for _ in range(num_trainers)]
-    # Heaviest bins first, a round at a time and to and fro: each round's bins are about equal, as
-    # are the sums.
+    # Heaviest bins first, a round at a time, to and fro: what is added up comes out about equal.
     for k, b in enumerate(sorted(range(len(bins)), key=lambda b: (-loads[b], b))):
         turn, place = divmod(k, num_trainers)
         plan[place if turn % 2 == 0 else num_trainers - 1 - place].append(sorted(bins[b]))
@@ -268,9 +237,7 @@ def pack(lengths: list[int], num_trainers: int, budget: int) -> list[list[list[i
 
 
 def exchange(parts: list[torch.Tensor], sizes: list[int], group) -> list[torch.Tensor]:
-    """parts[r]: what this rank sends to rank r, 1-D -> what each rank sent here. One all-to-all.
-    Collective.
-    """
+    """parts[r] goes to rank r (1-D) -> what each rank sent here. One all-to-all. Collective."""
     received = torch.empty(sum(sizes), dtype=parts[0].dtype)
     dist.all_to_all_single(received, torch.cat(parts), sizes, [len(p) for p in parts], group=group)
     return list(received.split(sizes))
@@ -280,9 +247,8 @@ def to_cells(table: Rollouts, rows: torch.Tensor) -> torch.Tensor:
     """The token columns of some rows, flat, without padding: (sum of lengths * 5,) int32."""
     real = torch.arange(table.tokens.shape[1]) < table.length[rows, None]  # (rows, T)
     bits = [getattr(table, k)[rows][real] for k in CELLS]
-    return torch.stack(
-        [b.view(torch.int32) if b.is_floating_point() else b.int() for b in bits], 1
-    ).flatten()
+    bits = [b.view(torch.int32) if b.is_floating_point() else b.int() for b in bits]
+    return torch.stack(bits, 1).flatten()
 
 
 def from_cells(cells: torch.Tensor, table: Rollouts):

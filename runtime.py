@@ -1,5 +1,4 @@
-"""From the shell to the loop: settings, ranks and their groups, clocks, signals, and the folder a
-run leaves behind.
+"""From the shell to the loop: settings, ranks and their groups, clocks, signals.
 
 The only file that reads a rank. The others ask the `World` questions with names (`world.trains`,
 `world.writes`), and nothing here knows what a model is.
@@ -23,16 +22,14 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from record import Run
+from record import Run, is_checkpoint
 
 LONG = datetime.timedelta(hours=24)  # groups never time out by themselves: a long reply is no fault
 SHUTDOWN_SECONDS = 8  # after a signal, a rank that could not end by itself ends after this long
 
 
 class UserError(Exception):
-    """Something the user can mend: its message is the one sentence they read; no traceback is
-    shown.
-    """
+    """Something the user can mend. They read its message, one sentence, and no traceback."""
 
 
 # ---------------------------------------------------------------- settings
@@ -45,8 +42,7 @@ def setting_help(config_class) -> dict[str, str]:
 
 
 def settings(config_class, argv: list[str]):
-    """Command line and YAML -> an instance of the flat dataclass. `--key=value` overrides `--config
-    file.yaml`.
+    """Command line over YAML (`--config`) over defaults -> an instance of the flat dataclass.
 
     A name nobody knows, a wrong type or an unreadable file is a UserError of one sentence.
     """
@@ -55,9 +51,7 @@ def settings(config_class, argv: list[str]):
     parser = jsonargparse.ArgumentParser(
         prog="torchrun SCRIPT", exit_on_error=False, description=config_class.__doc__
     )
-    parser.add_argument(
-        "--config", action="config", help="YAML file with settings; the command line wins over it"
-    )
+    parser.add_argument("--config", action="config", help="YAML file with settings")
     meaning, names = setting_help(config_class), [f.name for f in dataclasses.fields(config_class)]
     for f in dataclasses.fields(config_class):
         parser.add_argument(
@@ -75,6 +69,13 @@ def settings(config_class, argv: list[str]):
             raise UserError(f"there is no setting {unknown[1]!r}{hint}") from None
         raise UserError(text) from None
     return config_class(**{name: values[name] for name in names})
+
+
+def at_least(cfg, least: dict[str, float]):
+    """UserError for the first setting that is below its least value."""
+    for name, value in least.items():
+        if getattr(cfg, name) < value:
+            raise UserError(f"{name}={getattr(cfg, name)}: must be at least {value}")
 
 
 def load_symbol(place: str, what: str):
@@ -109,10 +110,10 @@ class World:
                 f"torchrun makes the ranks, so type: torchrun --nproc_per_node=3 {script}"
             )
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.local_rank, self.restart = (
-            int(os.environ["LOCAL_RANK"]),
-            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-        )
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if (num_generators or 0) < 0 or tensor_parallel_size < 1:
+            raise UserError("num_generators must be at least 0, tensor_parallel_size at least 1")
         if num_generators == 1 and self.size == 1:
             num_generators = 0
         first_trainer = num_generators or 0
@@ -146,34 +147,23 @@ class World:
         self.engine = self.engines.index(self.engine_ranks) if self.engine_ranks else -1
         # Who brings rows to `gather`: the first rank of each engine; without engines the first
         # trainer.
-        self.leads = (
-            self.rank == self.engine_ranks[0]
-            if self.engine_ranks
-            else self.writes and num_generators is None
-        )
+        alone = self.writes and num_generators is None
+        self.leads = self.rank == self.engine_ranks[0] if self.engine_ranks else alone
 
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", self.local_rank) if self.cuda else torch.device("cpu")
         self.stopping = False  # a signal came: finish what must not be torn, save, leave
-        self.clock: dict[
-            str, float
-        ] = {}  # seconds by what they were spent on, since the last gather
-        self.spans: list[
-            tuple[str, float, float]
-        ] = []  # (name, start, end) in seconds since the epoch
+        # Since the last gather: seconds by what they were spent on, and (name, start, end) spans.
+        self.clock: dict[str, float] = {}
+        self.spans: list[tuple[str, float, float]] = []
         self.phase = "start"
-        self.meanwhile = (
-            None  # what a generator does while it waits for the others: run_until(done)
-        )
+        self.meanwhile = None  # run_until(done): what a generator does while it waits for others
 
     def connect(self):
-        """Open the groups. Collective: every rank, in this order, before an engine is built (notes:
-        it patches groups).
-        """
+        """Open the groups, in one order on every rank, before an engine is built. Collective."""
         if self.cuda:
             torch.cuda.set_device(self.device)
-        # No device_id: an eagerly bound NCCL would split communicators, which needs every rank
-        # every time.
+        # No device_id: an eagerly bound NCCL splits communicators, which takes every rank.
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", timeout=LONG)
         self.store = dist.distributed_c10d._get_default_store()
         device_backend = "nccl" if self.cuda else "gloo"
@@ -186,9 +176,8 @@ class World:
         self.arrivals = group("arrivals", everyone, "gloo")  # non-blocking barriers, nothing else
         self.trainers = group("trainers", self.trainer_ranks, device_backend)
         weights = sorted({*self.generator_ranks, self.first_trainer})
-        self.carries_weights = (
-            self.rank in weights and not self.colocated and bool(self.generator_ranks)
-        )
+        apart = bool(self.generator_ranks) and not self.colocated
+        self.carries_weights = apart and self.rank in weights
         self.weights = group("weights", weights, device_backend)
         for ranks in self.engines:
             made = group(f"engine {ranks[0]}", ranks, "gloo")
@@ -196,9 +185,7 @@ class World:
                 self.engine_group = made
 
     def arrive(self, name: str):
-        """Wait for every rank without blocking an engine: a generator goes on with its rows until
-        all are here.
-        """
+        """Wait for every rank; a generator goes on with its rows until all are here. Collective."""
         with self.span(f"arrive {name}"):
             work = dist.barrier(group=self.arrivals, async_op=True)
             if self.meanwhile is not None:
@@ -215,21 +202,22 @@ class World:
         """0, 1, 2, ... over all ranks: an atomic counter in torchrun's store."""
         return self.store.add(f"nanoforge/{self.restart}/{name}", 1) - 1
 
+    def has_failed(self) -> bool:
+        """Whether some rank has said that it failed."""
+        return self.store.check([f"nanoforge/{self.restart}/failures"])
+
     def spent(self, name: str, seconds: float):
         self.clock[name] = self.clock.get(name, 0.0) + seconds
 
     @contextlib.contextmanager
     def span(self, name: str):
         """Time a phase: adds to `clock`, and to the spans that become trace.json."""
-        before, self.phase = self.phase, name
-        start = time.time()
-        try:
-            yield
-        finally:
-            end = time.time()
-            self.spent(name, end - start)
-            self.spans.append((name, start, end))
-            self.phase = before
+        before, self.phase, start = self.phase, name, time.time()
+        yield
+        self.phase = before  # not after an exception: its message names the phase it happened in
+        end = time.time()
+        self.spent(name, end - start)
+        self.spans.append((name, start, end))
 
     def close(self):
         """Leave together, so that nobody's group dies under another's last message."""
@@ -242,8 +230,7 @@ class World:
 
 
 def watch_signals(world: World, run: Run):
-    """SIGTERM and Ctrl-C set `world.stopping`; the loop then ends between two steps, with a
-    checkpoint and its table.
+    """SIGTERM and Ctrl-C set `world.stopping`: the loop ends between two steps, with a checkpoint.
 
     A thread reads the signal from a pipe, because a main thread that is inside a collective never
     comes back to Python. If the loop has not ended after SHUTDOWN_SECONDS (its peer may be gone),
@@ -259,7 +246,7 @@ def watch_signals(world: World, run: Run):
         os.read(read_end, 1)
         world.stopping = True
         end = time.monotonic() + SHUTDOWN_SECONDS
-        while not world.store_says_failed() and (time.monotonic() < end or world.phase == "save"):
+        while not world.has_failed() and (time.monotonic() < end or world.phase == "save"):
             time.sleep(0.1)
         with contextlib.suppress(Exception):
             run.finish()
@@ -269,8 +256,7 @@ def watch_signals(world: World, run: Run):
 
 
 def launch(main, config_class, check):
-    """Everything around `main(cfg, world, run)`: settings, ranks, logs, and what an exception
-    prints.
+    """Everything around `main(cfg, world, run)`: settings, ranks, logs, and how it ends.
 
     `check(cfg, world)` raises UserError for settings that cannot work together. It runs before
     anything is loaded.
@@ -281,18 +267,17 @@ def launch(main, config_class, check):
         cfg = settings(config_class, sys.argv[1:])
         world = World(getattr(cfg, "num_generators", None), getattr(cfg, "tensor_parallel_size", 1))
         check(cfg, world)
+        if cfg.resume not in ("no", "auto") and not is_checkpoint(pathlib.Path(cfg.resume)):
+            raise UserError(f"resume={cfg.resume}: not a checkpoint; give its folder, auto or no")
     except UserError as error:
         if rank == 0:
             print(f"nanoforge: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(
-                5
-            )  # the message is rank 0's, said once; torchrun ends the others when rank 0 has left
+            time.sleep(5)  # rank 0 says it, once; torchrun ends the others when it has left
         os._exit(2)
     try:
         world.connect()
         run = Run(cfg, world)
-        world.store_says_failed = lambda: world.store.check(["nanoforge/failed"])
         watch_signals(world, run)
         main(cfg, world, run)
         run.finish()
@@ -305,18 +290,13 @@ def launch(main, config_class, check):
 
 
 def say_what_failed(error: BaseException, world: World, run: Run | None):
-    """One sentence on the screen from the first rank that failed; the traceback of every rank in
-    its log.
-    """
+    """One sentence on the screen, from the first rank that failed; each traceback in its log."""
     traceback.print_exc()
     with contextlib.suppress(Exception):
-        if world.store.add("nanoforge/failures", 1) > 1:
+        if world.count("failures"):
             return  # a consequence of the first failure, such as a lost connection
-        world.store.set("nanoforge/failed", str(world.rank))
     role = "generator" if world.generates and not world.trains else "trainer"
-    what = (
-        str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".strip()
-    )
+    what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     where = f" (log: {run.log_file})" if run else ""
     what = what.splitlines()[0]
     line = f"nanoforge: rank {world.rank} ({role}) stopped in {world.phase}: {what}{where}"

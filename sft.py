@@ -15,7 +15,7 @@ import weights
 from data import Examples
 from model import check_config, has_weights
 from rollouts import gather
-from runtime import UserError, launch
+from runtime import at_least, launch
 from trainer import Trainer
 
 
@@ -57,9 +57,8 @@ class Config:
 
 def check(cfg: Config, world):
     """Settings that cannot work together: one sentence, before anything is loaded."""
-    for name in ("rows_per_step", "max_tokens", "tokens_per_microbatch"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"{name}={getattr(cfg, name)}: must be at least 1")
+    least = {"rows_per_step": 1, "max_tokens": 2, "tokens_per_microbatch": 1, "head_chunk": 0}
+    at_least(cfg, {**least, "lr": 0, "steps": 0, "eval_every": 0, "eval_size": 0, "save_every": 0})
     cfg.model = cfg.model.removeprefix("hf://")
     check_config(cfg.model)
 
@@ -70,7 +69,7 @@ def sft_loss(logprobs, rows, cfg):
 
 
 def main(cfg: Config, world, run):
-    """The loop: the same lines on every rank."""
+    """The loop of grpo.py, whose rows come from data."""
     tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     data = Examples(cfg, tokenizer)
     if world.writes and not has_weights(cfg.model):
@@ -82,9 +81,8 @@ def main(cfg: Config, world, run):
     start = run.resume(trainer)
 
     for step in range(start, cfg.steps):
-        rollouts = gather(
-            data.batch(step, world), world, cfg.tokens_per_microbatch
-        )  # each trainer gets its share
+        rollouts = data.batch(step, world)
+        rollouts = gather(rollouts, world, cfg.tokens_per_microbatch)  # each trainer its share
         if rollouts.stop:
             return run.stopped(trainer, step)
         metrics = trainer.step(rollouts, sft_loss)

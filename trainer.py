@@ -1,6 +1,4 @@
-"""The trainer: micro-batches through the policy, one division, one clip, one optimizer step. Saves
-and loads itself.
-"""
+"""The trainer: micro-batches through the policy, one division, one clip, one optimizer step."""
 
 import json
 import math
@@ -18,26 +16,20 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from model import build_policy
 from rollouts import Rollouts
-from runtime import UserError
 
 
 def learning_rate(step: int, cfg) -> float:
-    """Linear warm-up over `warmup_steps`, then `lr_schedule` down to `lr_min_ratio` of the peak at
-    the last step.
-    """
+    """Linear warm-up, then `lr_schedule` down to `lr_min_ratio` of the peak after the last step."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     done = (step - cfg.warmup_steps) / max(cfg.steps - cfg.warmup_steps, 1)
-    fall = {"constant": 0.0, "linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2}[
-        cfg.lr_schedule
-    ]
+    cosine = (1 - math.cos(math.pi * done)) / 2
+    fall = {"constant": 0.0, "linear": done, "cosine": cosine}[cfg.lr_schedule]
     return cfg.lr * (1 - (1 - cfg.lr_min_ratio) * fall)
 
 
 class Trainer:
-    """Policy and optimizer, sharded over the trainer ranks. On a rank that only generates it is
-    empty and passes.
-    """
+    """Policy and optimizer, sharded over the trainer ranks; empty on ranks that only generate."""
 
     def __init__(self, cfg, world, tokenizer=None):
         self.cfg, self.world, self.tokenizer, self.version = cfg, world, tokenizer, 0
@@ -57,11 +49,8 @@ class Trainer:
         return self.policy(rows.tokens, rows.length, rows.mask)
 
     def microbatches(self, rollouts: Rollouts):
-        """This rank's rows in the plan's order. Each rank yields equally often: FSDP's collectives
-        are inside.
-
-        Where the plan has nothing for this rank it gets one row of two tokens that count for
-        nothing.
+        """This rank's rows by the plan. Each rank yields equally often, for FSDP's collectives:
+        where the plan has nothing for it, a row that counts for nothing.
         """
         for rows in rollouts.microbatches:
             yield rollouts.take(rows, self.world.device) if rows else nothing(self.world.device)
@@ -85,28 +74,18 @@ class Trainer:
                 parts |= {"loss": loss, "entropy": (entropy * rows.weight[:, None]).sum()}
                 parts["tokens"] = (rows.mask * rows.weight[:, None]).sum()
                 for name, value in parts.items():
-                    value, old = (
-                        value.detach().double(),
-                        sums.get(name, torch.zeros((), dtype=torch.float64)),
-                    )
-                    sums[name] = (
-                        torch.maximum(old.to(value.device), value)
-                        if name.endswith("_max")
-                        else old + value
-                    )
+                    value = value.detach().double()
+                    add = torch.maximum if name.endswith("_max") else torch.add
+                    sums[name] = add(sums[name], value) if name in sums else value
             metrics = self.reduce(sums)
             metrics["loss"] *= metrics["tokens"] / divisor  # the loss has a divisor of its own
             metrics["grad_norm"] = self.update()
-            assert metrics["tokens"] == tokens, (
-                f"{metrics['tokens']} tokens were trained, the batch has {tokens}"
-            )
+            assert metrics["tokens"] == tokens, (metrics["tokens"], tokens)  # each exactly once
             return metrics
 
     @torch.no_grad()
     def evaluate(self, rollouts: Rollouts, loss_fn) -> float:
-        """Mean loss per sampled token of a gathered table, without a step. Collective over
-        trainers.
-        """
+        """Mean loss per sampled token of a gathered table. Collective over trainers."""
         total = torch.zeros((), device=self.world.device, dtype=torch.float64)
         for rows in self.microbatches(rollouts):
             total += loss_fn(self.forward(rows)[0], rows, self.cfg)[0]
@@ -115,9 +94,7 @@ class Trainer:
         return float(total) / float((rollouts.all.sampled * rollouts.all.weight).sum())
 
     def reduce(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Sums of this rank -> means per sampled token over all trainers; names in _max are maxima.
-        Collective.
-        """
+        """This rank's sums -> means per sampled token (names in _max: maxima) of all trainers."""
         values = torch.stack(list(sums.values())).to(self.world.device)
         is_max = torch.tensor([name.endswith("_max") for name in sums], device=values.device)
         total, top = values.clone(), values.clone()
@@ -128,9 +105,7 @@ class Trainer:
         return {k: v if k == "tokens" or k.endswith("_max") else v / tokens for k, v in out.items()}
 
     def update(self) -> float:
-        """Clip the gradient to `max_grad_norm`, step, forget the gradient. Returns the norm before
-        clipping.
-        """
+        """Clip to `max_grad_norm`, step, forget the gradient. Returns the norm before the clip."""
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters], foreach=True)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -152,9 +127,7 @@ class Trainer:
         }
 
     def save(self, folder: pathlib.Path):
-        """Write checkpoints/step-N: to a temporary name first, so that a checkpoint is complete or
-        absent. Collective.
-        """
+        """Write folder/step-N, by a temporary name: it is complete or absent. Collective."""
         if not self.world.trains:
             return
         with self.world.span("save"):
@@ -172,13 +145,9 @@ class Trainer:
             dist.barrier(group=self.world.trainers)
 
     def load(self, folder: pathlib.Path):
-        """Weights, optimizer and step of a checkpoint, made by any number of trainers. Collective
-        over trainers.
-        """
+        """Weights, optimizer and step of a checkpoint of any number of trainers. Collective."""
         if not self.world.trains:
             return
-        if not (folder / "about.json").exists():
-            raise UserError(f"resume={folder}: not a checkpoint (no about.json in it)")
         state = self.state()
         dcp.load(state, checkpoint_id=folder, process_group=self.world.trainers)
         set_optimizer_state_dict(self.policy, self.optimizer, state["optimizer"])

@@ -1,5 +1,5 @@
-"""Weights leave the trainers as one stream of (name, full tensor): to the generators (`sync`), to a
-folder (`export`).
+"""Weights leave the trainers as one stream of (name, full tensor), into one of two sinks:
+the generators (`sync`) or a Hugging Face folder (`export`).
 """
 
 import json
@@ -18,8 +18,7 @@ class Tensor:
 
 
 def stream(trainer):
-    """Yield (Hugging Face name, full tensor on this trainer's device) for each parameter.
-    Collective over trainers.
+    """Yield (Hugging Face name, full tensor) for each parameter. Collective over trainers.
 
     A tied head is not a parameter of its own and does not appear.
     """
@@ -28,9 +27,7 @@ def stream(trainer):
 
 
 def plan_buckets(trainer, limit: int) -> list[list[Tensor]]:
-    """The stream cut into buckets of at most `limit` elements (a larger tensor is a bucket of its
-    own).
-    """
+    """The stream in buckets of at most `limit` elements; a larger tensor is one of its own."""
     buckets, room = [], 0
     for name, p in trainer.policy.named_parameters():
         if not buckets or p.numel() > room:
@@ -46,17 +43,13 @@ def numel(shape) -> int:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """Sum of the bit patterns: any changed bit changes it, and a fused tensor's is the sum of its
-    parts'.
-    """
+    """Sum of the bit patterns, as integers."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return int(tensor.contiguous().view(bits).long().sum())
 
 
 def buckets_through(trainer, generator, world, dtype):
-    """Every bucket, once, as {name: view of a flat tensor} on the ranks that carry weights.
-    Collective.
-    """
+    """Yield each bucket as {name: view of a flat tensor}, where weights arrive. Collective."""
     tensors = stream(trainer) if world.trains else None
     for bucket in world.buckets:
         size = bucket[-1].start + numel(bucket[-1].shape)
@@ -73,8 +66,7 @@ def buckets_through(trainer, generator, world, dtype):
 
 
 def sync(trainer, generator, world):
-    """Trainers' weights -> every engine, between two engine steps. Collective. The engines' version
-    goes up by one.
+    """Trainers' weights -> every engine, between two engine steps; version + 1. Collective.
 
     Flat buckets, one broadcast each, from the first trainer to all generator ranks; vLLM's own
     loaders copy the views in place (fused and tensor-parallel layers included), so captured graphs
@@ -96,8 +88,7 @@ def sync(trainer, generator, world):
 
 
 def check(trainer, generator, world):
-    """Prove the sync: each tensor arrived bit-equal, and a second load into poisoned memory gives
-    the same bits.
+    """Prove the sync: tensors arrive bit-equal; a load into poisoned memory gives the same bits.
 
     The poison (NaN) shows that the stream touches every element of every parameter of the engine;
     the equal checksums, that loading is a function of the stream alone. Collective.
@@ -121,9 +112,7 @@ def check(trainer, generator, world):
 
 
 def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torch.float32):
-    """Write a Hugging Face folder (safetensors, config, tokenizer) that transformers and vLLM load.
-    Collective.
-    """
+    """Write a folder that transformers and vLLM load. Collective over trainers."""
     from huggingface_hub import save_torch_state_dict
 
     if not world.trains:
