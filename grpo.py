@@ -50,7 +50,7 @@ class Config:
     aggregation: Literal["token", "fixed"] = "token"  # the sum's divisor: tokens or rows x length
     clip_low: float = 0.2  # the ratio's clip is [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.28  # larger than clip_low: room for rare tokens (DAPO)
-    lr: float = 8e-4  # peak learning rate
+    lr: float = 5e-4  # peak learning rate
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up
     lr_min_ratio: float = 0.0  # share of the peak at the last step
     warmup_steps: int = 0  # of linear warm-up
