@@ -40,13 +40,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def torchrun(ranks: int, script: str, *args: str) -> list[str]:
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--shutdown-timeout=10",
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, f"--nproc_per_node={ranks}", str(ROOT / script), *args]
 
 

@@ -181,6 +181,7 @@ def test_inflight(tmp_path):
     """
     slow = [
         "--max_num_seqs=16",
+        "--prompts_per_step=24",
         "--group_size=8",
         "--max_policy_age=1",
         "--lr=0.01",
