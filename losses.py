@@ -20,11 +20,10 @@ def group_advantages(rollouts, kind: str = "mean_std") -> torch.Tensor | None:
     if not len(rollouts):  # a rank without an engine
         return None
     _, group = torch.unique(rollouts.index, return_inverse=True)  # (N,) number of the row's group
+    # In float64 the sum of equal float32 numbers is exact, so their mean is, and the difference 0.
     reward = rollouts.reward.double()
     size = torch.bincount(group).double()  # (groups,)
     centred = reward - (torch.bincount(group, reward) / size)[group]
-    # A mean of equal numbers can differ from them in the last bit.
-    centred[equal_groups(rollouts)[group]] = 0.0
     if kind == "mean_std":
         variance = torch.bincount(group, centred**2) / (size - 1).clamp(min=1)
         centred = centred / (variance.sqrt()[group] + 1e-4)
