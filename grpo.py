@@ -28,7 +28,7 @@ class Config:
 
     run_dir: str = "runs/grpo"  # this run's own folder
     seed: int = 0  # of prompts, sampling and random weights
-    steps: int = 40  # optimizer steps = batches
+    steps: int = 46  # optimizer steps = batches
     model: str = "assets/calculator"  # local folder, hub name, or hf://org/name
     random_init: bool = False  # random weights of the model's shape, for measurements
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on GPUs
@@ -50,7 +50,7 @@ class Config:
     aggregation: Literal["token", "fixed"] = "token"  # the sum's divisor: tokens or rows x length
     clip_low: float = 0.2  # the ratio's clip is [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.28  # larger than clip_low: room for rare tokens (DAPO)
-    lr: float = 5e-4  # peak learning rate
+    lr: float = 6.5e-4  # peak learning rate
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up
     lr_min_ratio: float = 0.0  # share of the peak at the last step
     warmup_steps: int = 0  # of linear warm-up
