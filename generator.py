@@ -176,7 +176,7 @@ class Generator:
             "max_tokens": self.room(row),
             "seed": row.seed(self.cfg.seed),
         }
-        self.queue.append((name, row.tokens, str(self.version), self.stops, sampling))
+        self.queue.append((name, row.tokens, self.stops, sampling))
 
     def turn_ended(self, name: str, tokens: list[int], logprobs: list[float], reason: str):
         """A turn came out of the engine: write it down, then ask the environment or the rewards."""
@@ -243,8 +243,8 @@ class Generator:
             stop, requests = message
             if stop:
                 return
-            for name, tokens, salt, stops, sampling in requests:
-                self.engine.add(name, tokens, salt, stops, **sampling)
+            for name, tokens, stops, sampling in requests:  # salted by the weights that read them
+                self.engine.add(name, tokens, str(self.version), stops, **sampling)
             self.step()
 
     def step(self):

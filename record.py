@@ -31,7 +31,8 @@ class Run:
         self.evals: dict[int, tuple[float, float]] = {}  # version -> mean and standard error
         self.partial: dict[int, list[float]] = {}  # version -> rows, sum, squares so far
         self.screen = os.fdopen(os.dup(2), "w", buffering=1)
-        if world.writes and cfg.resume == "no" and (self.folder / "config.yaml").exists():
+        fresh = cfg.resume == "no" and world.restart == "0"  # a restart goes on in its folder
+        if world.writes and fresh and (self.folder / "config.yaml").exists():
             kept = (pathlib.Path(f"{self.folder}.{k}") for k in itertools.count(1))
             kept = next(path for path in kept if not path.exists())
             self.folder.rename(kept)

@@ -286,7 +286,9 @@ def gather(rollouts: Rollouts, world, tokens_per_microbatch: int) -> Rollouts:
             **mine.info,
         }
         world.clock, world.spans = {}, []
-        info = torch.frombuffer(bytearray(json.dumps(info).encode()), dtype=torch.uint8)
+        info = torch.frombuffer(
+            bytearray(json.dumps(info, default=str).encode()), dtype=torch.uint8
+        )
         headers = [torch.empty(3, dtype=torch.int64) for _ in range(size)]
         dist.all_gather(
             headers, torch.tensor([len(mine), len(info), int(world.stopping)]), group=group

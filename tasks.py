@@ -149,7 +149,7 @@ class Calculator(Task):
         are noise in its way.
         """
         rng = random.Random(f"demonstration {name}")
-        problem = rng.choice(self.train)
+        problem = rng.choice(self.heldout if "heldout" in name else self.train)
         a, b, c = problem["numbers"]
         answer = [(f"#{a * b + c}", True)]
         if rng.random() < (0.8 if progress < 0.65 else 0.3):
