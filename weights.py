@@ -124,6 +124,7 @@ def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torc
     if world.writes:
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        save_torch_state_dict(tensors, folder)  # first: nothing below may cost the weights
         config = trainer.policy.lm.config
         config.dtype = dtype
         config.save_pretrained(folder)
@@ -131,6 +132,5 @@ def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torc
         settings.pop("_attn_implementation", None)
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         trainer.policy.lm.generation_config.save_pretrained(folder)
-        save_torch_state_dict(tensors, folder)
         if trainer.tokenizer is not None:
             trainer.tokenizer.save_pretrained(folder)
