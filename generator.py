@@ -188,7 +188,7 @@ class Generator:
         self.ask(row, row.finished and not ended and row.turn + 1 < self.cfg.max_turns)
 
     def ask(self, row: Row, may_go_on: bool):
-        row.asked = time.monotonic()
+        row.asked = math.inf  # until a worker takes it: waiting in the queue is no fault
         self.jobs[self.pool.submit(judge, self.task, row, may_go_on)] = row
 
     def apply_jobs(self):
@@ -307,6 +307,7 @@ class Generator:
 
 def judge(task, row: Row, may_go_on: bool) -> str | None:
     """In the pool: the environment's reply; None once the rewards are written in the row."""
+    row.asked = time.monotonic()
     where = f"{row.name()}, prompt {row.episode.problem['prompt'][:60]!r}"
     reply = guarded(task.reply, row.episode, where) if may_go_on else None
     if reply is None:
