@@ -8,6 +8,7 @@ alone, and never tokenised again.
 import concurrent.futures
 import contextlib
 import math
+import numbers
 import time
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from engine import TESTED, Engine
 from rollouts import Rollouts, Row, from_rows
 from runtime import UserError
-from tasks import Episode
+from tasks import Episode, reward_name
 
 EVALUATION = -1  # stands for a batch where rows of an evaluation are counted
 
@@ -48,9 +49,14 @@ class Generator:
             self.engine = Engine(cfg, world, self.dtype)
         if self.engine.version.split("+")[0] not in TESTED:
             tested = " and ".join(TESTED)
-            self.told["notes"].append(f"vLLM {self.engine.version} was not tested; {tested} were")
+            self.note(f"vLLM {self.engine.version} was not tested; {tested} were")
         if not world.trains:
             world.meanwhile = self.run_until
+
+    def note(self, text: str):
+        """For the person at the screen. What every engine would say, the first one says."""
+        if self.world.engine == 0 and self.world.leads:
+            self.told["notes"].append(text)
 
     # ------------------------------------------------------------ weights
 
@@ -89,7 +95,7 @@ class Generator:
                 raise UserError(f"{name} is longer than max_prompt_tokens={limit}")
             if left_out := len(examples) - len(kept):
                 share = f"{left_out} of {len(examples)} {split} prompts"
-                self.told["notes"].append(f"left out {share}: longer than {limit} tokens")
+                self.note(f"left out {share}: longer than {limit} tokens")
             setattr(self.task, split, kept)
         self.eos = eos_tokens(self.cfg.model, self.tokenizer)
         self.stops = sorted(self.eos | {t for c in self.task.stop for t in self.encode(c)[-1:]})
@@ -179,13 +185,17 @@ class Generator:
         self.queue.append((name, row.tokens, self.stops, sampling))
 
     def turn_ended(self, name: str, tokens: list[int], logprobs: list[float], reason: str):
-        """A turn came out of the engine: write it down, then ask the environment or the rewards."""
+        """A turn came out of the engine: write it down, then ask the environment or the rewards.
+
+        A reply has finished if its EOS or the environment ended it, not if turns or tokens ran out.
+        """
         row = self.rows.pop(name)
         row.append_sampled(tokens, logprobs, self.version)
         ended = tokens[-1] in self.eos
-        row.finished = reason == "stop"
+        may_go_on = reason == "stop" and not ended and row.turn + 1 < self.cfg.max_turns
+        row.finished = ended or may_go_on  # true if the environment's answer is None
         row.episode.turns.append(self.tokenizer.decode(tokens[:-1] if ended else tokens))
-        self.ask(row, row.finished and not ended and row.turn + 1 < self.cfg.max_turns)
+        self.ask(row, may_go_on)
 
     def ask(self, row: Row, may_go_on: bool):
         row.asked = math.inf  # until a worker takes it: waiting in the queue is no fault
@@ -196,15 +206,15 @@ class Generator:
 
         With `deterministic` wait for all of it, so that the engine always sees the same rows.
         """
-        if self.cfg.deterministic:
-            concurrent.futures.wait(self.jobs, timeout=self.cfg.task_seconds)
+        while self.cfg.deterministic and concurrent.futures.wait(self.jobs, timeout=1).not_done:
+            self.check_time()
         done = [future for future in self.jobs if future.done()]
         for future in sorted(done, key=lambda f: self.jobs[f].key):
             row, reply = self.jobs.pop(future), future.result()
             if reply is None:
                 self.open[EVALUATION if row.evaluates else row.step] -= 1
-                done = self.judged if row.evaluates else self.complete.setdefault(row.step, [])
-                done.append(row)
+                rows = self.judged if row.evaluates else self.complete.setdefault(row.step, [])
+                rows.append(row)
                 continue
             tokens = self.encode(reply)
             if len(tokens) < self.room(row):
@@ -215,8 +225,12 @@ class Generator:
             else:  # no room for the environment's words and one more token: cut off here
                 row.finished = False
                 self.ask(row, may_go_on=False)
-        for row in self.jobs.values():
-            if time.monotonic() - row.asked > self.cfg.task_seconds:
+        self.check_time()
+
+    def check_time(self):
+        """Each job has the whole limit, from when a worker takes it."""
+        for future, row in self.jobs.items():
+            if not future.done() and time.monotonic() - row.asked > self.cfg.task_seconds:
                 limit = f"task_seconds={self.cfg.task_seconds:g}"
                 raise UserError(f"the task took longer than {limit} ({row.name()})")
 
@@ -270,11 +284,11 @@ class Generator:
             ready = lambda: self.batch > step and not self.open.get(step)  # noqa: E731
             self.run_until(lambda: self.world.stopping or ready())
             rows = [] if self.world.stopping else self.complete.pop(step, [])
-            table = from_rows(rows, [f.__name__ for f in self.task.rewards]) if rows else Rollouts()
-            table.info = self.report()
-            table.info["samples"] = [
-                sample(i, row) for i, row in enumerate(sorted(rows, key=lambda r: r.key))
-            ][: self.cfg.log_samples]
+            rows.sort(key=lambda r: r.key)
+            names = [reward_name(f) for f in self.task.rewards]
+            table = from_rows(rows, names) if rows else Rollouts()
+            samples = [sample(i, row) for i, row in enumerate(rows[: self.cfg.log_samples])]
+            table.info = {**self.report(), "samples": samples}
             return table
 
     def report(self) -> dict:
@@ -312,10 +326,10 @@ def judge(task, row: Row, may_go_on: bool) -> str | None:
     reply = guarded(task.reply, row.episode, where) if may_go_on else None
     if reply is None:
         for function in task.rewards:
-            value = guarded(function, row.episode, where)
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise UserError(f"{function.__name__} returned {value!r} as a reward ({where})")
-            row.rewards[function.__name__] = float(value)
+            value, name = guarded(function, row.episode, where), reward_name(function)
+            if not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise UserError(f"{name} returned {value!r} as a reward ({where})")
+            row.rewards[name] = float(value)
     return reply
 
 
@@ -325,7 +339,7 @@ def guarded(function, episode: Episode, where: str):
         return function(episode)
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{function.__name__} raised {what} ({where})") from error
+        raise UserError(f"{reward_name(function)} raised {what} ({where})") from error
 
 
 def sample(i: int, row: Row) -> dict:

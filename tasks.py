@@ -79,6 +79,12 @@ class Task:
         return self.shuffled[1][place]
 
 
+def reward_name(function) -> str:
+    """Under which a reward is logged: its `__name__`, or that inside a partial, or its class's."""
+    inner = getattr(function, "func", function)
+    return getattr(function, "__name__", getattr(inner, "__name__", type(function).__name__))
+
+
 # ---------------------------------------------------------------- calculator: the embedded default
 
 
