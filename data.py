@@ -21,14 +21,13 @@ class Examples:
             self.heldout = [self.demonstration("heldout", i, 1.0) for i in range(cfg.eval_size)]
             return
         rows = read_examples(cfg.data, "train")
-        examples = [self.encode(pieces(r, cfg.data, i)) for i, r in enumerate(rows, start=1)]
+        examples = [self.encode(pieces(example, where)) for where, example in rows]
         kept = [e for e in examples if len(e[0]) <= cfg.max_tokens]
         self.left_out, held = len(examples) - len(kept), min(cfg.eval_size, len(kept) // 10)
         self.heldout, self.train = kept[:held], kept[held:]
         if not self.train:
-            raise UserError(
-                f"data={cfg.data}: no example has at most max_tokens={cfg.max_tokens} tokens"
-            )
+            limit = f"max_tokens={cfg.max_tokens}"
+            raise UserError(f"data={cfg.data}: no example has at most {limit} tokens")
 
     def demonstration(self, split: str, i: int, progress: float):
         return self.encode(self.task.demonstration(f"{self.cfg.seed}/{split}/{i}", progress))
@@ -67,9 +66,8 @@ class Examples:
                 continue
             before, after = template(i, True), template(i + 1, False)
             if after[: len(before)] != before or before[: len(tokens)] != tokens:
-                raise UserError(
-                    "this chat template rewrites earlier turns: no prefix of it can be trained"
-                )
+                why = "no prefix of it can be trained"
+                raise UserError(f"this chat template rewrites earlier turns: {why}")
             mask += [False] * (len(before) - len(tokens)) + [True] * (len(after) - len(before))
             tokens = after
         return tokens, mask
@@ -87,18 +85,15 @@ class Examples:
         return table(rows, step)
 
 
-def pieces(example: dict, source: str, line: int) -> list:
+def pieces(example: dict, where: str) -> list:
     """`messages`, or `prompt` with `completion` (or `answer`) -> what `Examples.encode` takes."""
     if "messages" in example:
         return example["messages"]
-    if "prompt" in example and ("completion" in example or "answer" in example):
-        return [
-            (example["prompt"], False),
-            (str(example.get("completion", example.get("answer"))), True),
-        ]
-    raise UserError(
-        f"{source}, row {line}: no 'messages', and no 'prompt' with 'completion': {sorted(example)}"
-    )
+    reply = example.get("completion", example.get("answer"))
+    if "prompt" not in example or reply is None:
+        needed = "no 'messages', and no 'prompt' with 'completion'"
+        raise UserError(f"{where}: {needed}: {sorted(example)}")
+    return [(example["prompt"], False), (str(reply), True)]
 
 
 def table(rows: list[tuple[list[int], list[bool]]], step: int) -> Rollouts:
@@ -114,6 +109,7 @@ def table(rows: list[tuple[list[int], list[bool]]], step: int) -> Rollouts:
         length=torch.tensor([len(ids) for ids, _ in rows]),
         sampled=mask.sum(1),
         weight=torch.ones(n),
+        share=torch.ones(n),
         finished=torch.ones(n, dtype=torch.bool),
         reward=torch.zeros(n),
         tokens=tokens,

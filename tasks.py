@@ -1,9 +1,8 @@
-"""Tasks: where prompts come from, what the environment answers, and what a reply is worth. What a
-user edits first.
+"""Tasks: where prompts come from, what the environment answers, what a reply is worth.
 
-A task is a class with four things (see `Task`). Its `reply` and its rewards run in the generator's
-pool of workers, so a slow one holds only its own row. Nothing here knows of ranks, engines or
-gradients.
+What a user edits first. A task is a class with four things (see `Task`). Its `reply` and its
+rewards run in the generator's pool of workers, so a slow one holds up its own row only. Nothing
+here knows of ranks, engines or gradients.
 
     --task=calculator | sum_digits | countdown | gsm8k | file.jsonl | my_file.py:MyTask
 """
@@ -22,15 +21,11 @@ from runtime import UserError, load_symbol
 
 @dataclass
 class Episode:
-    """One reply in the making: the problem, and the turns of the policy and its environment
-    alternately, as text.
-    """
+    """One reply in the making: the problem, and what has been said so far."""
 
     problem: dict
-    turns: list[str] = field(default_factory=list)
-    state: dict = field(
-        default_factory=dict
-    )  # whatever an environment wants to remember between its turns
+    turns: list[str] = field(default_factory=list)  # the policy's and the environment's, in turn
+    state: dict = field(default_factory=dict)  # what an environment remembers between its turns
 
     @property
     def text(self) -> str:
@@ -38,45 +33,39 @@ class Episode:
 
 
 class Task:
-    """Subclass it, fill `train` and `heldout` with dicts (`prompt`, and what your rewards need),
-    list your rewards.
-    """
+    """Subclass it, fill `train` and `heldout`, list your rewards."""
 
     system: str = ""  # system prompt, for models with a chat template
-    stop: str = (
-        ""  # each character ends a turn of the policy, so that `reply` can answer in mid-text
-    )
-    train: list[dict]
+    stop: str = ""  # each character ends a turn of the policy, so that `reply` can answer mid-text
+    train: list[dict]  # each has a `prompt`, and what your rewards need
     heldout: list[dict]
 
     def __init__(self, cfg):
         self.cfg = cfg
         # Functions of an Episode -> float, logged by their names; a reply's reward is their sum.
         self.rewards = [self.correct]
+        self.order: tuple = (None, [])  # of the present epoch
 
     def correct(self, episode: Episode) -> float:
         """1 for the right answer, else 0."""
         return float(episode.text.strip() == str(episode.problem["answer"]))
 
     def reply(self, episode: Episode) -> str | None:
-        """What the environment appends after a turn of the policy; None ends the episode. It may
-        take its time.
-        """
+        """What the environment appends after a turn of the policy; None ends the episode."""
         return None
 
     def problem(self, step: int, slot: int, attempt: int = 0) -> dict:
-        """The prompt of a slot, by its name: a permutation of `train` per epoch; a later attempt
-        draws anew.
+        """The prompt of a slot, by its name: each epoch is a permutation of `train`.
+
+        A later attempt draws anew.
         """
         if attempt:
             return random.Random(f"{self.cfg.seed}/{step}/{slot}/{attempt}").choice(self.train)
         epoch, place = divmod(step * self.cfg.prompts_per_step + slot, len(self.train))
-        if getattr(self, "shuffled", (None,))[0] != epoch:
-            self.shuffled = (
-                epoch,
-                random.Random(f"{self.cfg.seed}/epoch {epoch}").sample(self.train, len(self.train)),
-            )
-        return self.shuffled[1][place]
+        if self.order[0] != epoch:
+            rng = random.Random(f"{self.cfg.seed}/epoch {epoch}")
+            self.order = epoch, rng.sample(self.train, len(self.train))
+        return self.order[1][place]
 
 
 def reward_name(function) -> str:
@@ -92,81 +81,65 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 
 def calculate(expression: str) -> int | None:
-    """The value of integers joined by + - *, or None. It parses: a model's text is never evaluated
-    as code.
-    """
+    """The value of integers joined by + - * ( ), or None. A model's text is parsed, never run."""
 
     def value(node):
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
             return OPERATORS[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.Constant) and type(node.value) is int:
+        if isinstance(node, ast.Constant):
             return node.value
         raise ValueError
 
+    # Python would also read 1_2, 0x1F and other alphabets' digits. The length bounds the depth of
+    # the tree and the size of the value.
+    if len(expression) > 40 or not re.fullmatch(r"[\d+\-*() ]+", expression, re.ASCII):
+        return None
     try:
-        return value(ast.parse(expression, mode="eval").body) if len(expression) <= 40 else None
+        return value(ast.parse(expression, mode="eval").body)
     except (ValueError, SyntaxError):
         return None
 
 
 class Calculator(Task):
-    """`63*11+48=`: the model may write `[63*11]`, the environment goes on with `=693`; the answer
-    is `#741`.
-    """
+    """`63*11+48=`: `[63*11]` is a call, which the environment answers with `=693`; then `#741`."""
 
     stop = "]"
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        numbers = range(10, 100)
-        drawn = random.Random("calculator").sample(
-            range(90**3), 20_512
-        )  # without replacement: no prompt stands twice
-        problems = [(numbers[n // 8100], numbers[n // 90 % 90], numbers[n % 90]) for n in drawn]
-        examples = [
-            {"prompt": f"{a}*{b}+{c}=", "answer": a * b + c, "numbers": (a, b, c)}
-            for a, b, c in problems
-        ]
-        self.train, self.heldout = examples[:20_000], examples[20_000:]
+        self.train, self.heldout = [], []
+        # Drawn without replacement: no prompt stands twice.
+        for i, n in enumerate(random.Random("calculator").sample(range(90**3), 20_512)):
+            a, b, c = 10 + n // 8100, 10 + n // 90 % 90, 10 + n % 90
+            example = {"prompt": f"{a}*{b}+{c}=", "answer": a * b + c, "numbers": (a, b, c)}
+            (self.train if i < 20_000 else self.heldout).append(example)
 
     def reply(self, episode: Episode) -> str | None:
-        """The value of the bracket that the turn ended with; a turn that ends otherwise ends the
-        episode.
-        """
+        """The value of the call that the turn ended with; None if there is none."""
         call = re.search(r"\[([^\[\]]*)\]$", episode.turns[-1])
         result = calculate(call[1]) if call else None
         return None if result is None else f"={result}"
 
     def correct(self, episode: Episode) -> float:
-        """1 if the text ends in the one `#number` and it is right, else 0."""
-        return float(
-            re.fullmatch(r"[^#]*#(-?\d+)", episode.text) is not None and self.last_number(episode)
-        )
-
-    def last_number(self, episode: Episode) -> bool:
-        return episode.text.rpartition("#")[2] == str(episode.problem["answer"])
+        """1 if the text ends in `#number`, its only #, and the number is right; else 0."""
+        found = re.fullmatch(r"[^#]*#(-?\d+)", episode.text)
+        return float(found is not None and found[1] == str(episode.problem["answer"]))
 
     def demonstration(self, name: str, progress: float) -> list[tuple[str, bool]]:
-        """One example for SFT, as pieces (text, whether it is trained); `progress` is the share of
-        SFT that is done.
+        """One example for SFT, as pieces (text, whether it is trained).
 
-        At last three in ten use the tool and the others guess. Before, eight in ten do: copying
-        numbers into a call is learned late and suddenly, and the guesses, which nobody can learn,
-        are noise in its way.
+        `progress` is the share of SFT that is done. At last three in ten use the tool and the
+        others guess. Before, eight in ten do: copying numbers into a call is learned late and
+        suddenly, and the guesses, which nobody can learn, are noise in its way.
         """
         rng = random.Random(f"demonstration {name}")
         problem = rng.choice(self.heldout if "heldout" in name else self.train)
         a, b, c = problem["numbers"]
-        answer = [(f"#{a * b + c}", True)]
+        pieces = [(problem["prompt"], False)]
         if rng.random() < (0.8 if progress < 0.65 else 0.3):
-            calls = [
-                (f"[{a}*{b}]", True),
-                (f"={a * b}", False),
-                (f"[{a * b}+{c}]", True),
-                (f"={a * b + c}", False),
-            ]
-            return [(problem["prompt"], False), *calls, *answer]
-        return [(problem["prompt"], False), *answer]
+            pieces += [(f"[{a}*{b}]", True), (f"={a * b}", False)]
+            pieces += [(f"[{a * b}+{c}]", True), (f"={a * b + c}", False)]
+        return [*pieces, (f"#{a * b + c}", True)]
 
 
 # ---------------------------------------------------------------- other tasks
@@ -178,16 +151,16 @@ class SumDigits(Task):
     def __init__(self, cfg):
         super().__init__(cfg)
         rng = random.Random("sum_digits")
-        numbers = list(
-            dict.fromkeys(str(rng.randrange(10, 10 ** rng.randint(2, 6))) for _ in range(8000))
-        )
+        numbers = [str(rng.randrange(10, 10 ** rng.randint(2, 6))) for _ in range(8000)]
+        numbers = list(dict.fromkeys(numbers))  # no prompt stands twice
         examples = [{"prompt": f"{n}=", "answer": f"#{sum(map(int, n))}"} for n in numbers]
         self.train, self.heldout = examples[512:], examples[:512]
 
 
 class Countdown(Task):
-    """Reach a target with each of the given numbers at most once and + - *. The last `<answer>` (or
-    line) counts.
+    """Reach a target with + - * and each of the given numbers at most once.
+
+    The last `<answer>` counts; without one, the last line.
     """
 
     system = "Give the expression inside <answer> tags, for example <answer>3*4+5</answer>."
@@ -198,24 +171,24 @@ class Countdown(Task):
         rng = random.Random("countdown")
         while len(examples) < 4096:
             numbers = [rng.randint(1, 20) for _ in range(3)]
-            text = "".join(str(n) + rng.choice("+-*") for n in numbers)[:-1]
-            if 0 < calculate(text) <= 100:
-                prompt = f"Use {', '.join(map(str, numbers))} to make {calculate(text)}."
-                examples[prompt] = {"prompt": prompt, "answer": calculate(text), "numbers": numbers}
+            target = calculate("".join(str(n) + rng.choice("+-*") for n in numbers)[:-1])
+            if 0 < target <= 100:
+                prompt = f"Use {', '.join(map(str, numbers))} to make {target}."
+                examples[prompt] = {"prompt": prompt, "answer": target, "numbers": numbers}
         self.train, self.heldout = list(examples.values())[512:], list(examples.values())[:512]
 
     def correct(self, episode: Episode) -> float:
-        """1 if the expression has the target's value and uses the numbers at most once each, else
-        0.
-        """
+        """1 if the expression has the target's value and uses no number too often, else 0."""
         found = re.findall(r"<answer>(.*?)</answer>", episode.text, re.DOTALL)
         expression = (found[-1] if found else episode.text.strip().rpartition("\n")[2]).strip()
+        if calculate(expression) != episode.problem["answer"]:
+            return 0.0
         left = list(episode.problem["numbers"])
         for n in map(int, re.findall(r"\d+", expression)):
             if n not in left:
                 return 0.0
             left.remove(n)
-        return float(calculate(expression) == episode.problem["answer"])
+        return 1.0
 
 
 def number(text: str) -> float | None:
@@ -228,9 +201,7 @@ def number(text: str) -> float | None:
 
 
 def math_answer(episode: Episode) -> float:
-    """1 if the first <answer> equals the target within 1e-6; 0.1 if the target stands only outside
-    the tags; else 0.
-    """
+    """1 if the first <answer> is the target within 1e-6, 0.1 if it stands outside tags, else 0."""
     target, text = number(str(episode.problem["answer"])), episode.text
     if target is None:
         return 0.0
@@ -251,46 +222,8 @@ def thinking(episode: Episode) -> float:
     return 0.2 if re.search(r"</?think>", episode.text) else 0.0
 
 
-def read_examples(source: str, split: str) -> list[dict]:
-    """A JSONL or parquet file, a folder with {split}.jsonl or .parquet, or a data set on the hub ->
-    list of dicts.
-    """
-    path = pathlib.Path(source)
-    if path.is_dir():
-        found = [p for end in ("jsonl", "parquet") if (p := path / f"{split}.{end}").exists()]
-        if not found:
-            raise UserError(f"{path}: no {split}.jsonl and no {split}.parquet in this folder")
-        path = found[0]
-    if path.suffix == ".jsonl" or path.suffix == ".json":
-        if not path.exists():
-            raise UserError(f"{path}: no such file")
-        examples = []
-        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                examples.append(json.loads(line))
-                assert isinstance(examples[-1], dict)
-            except (ValueError, AssertionError):
-                raise UserError(f"{path}, line {i}: not a JSON object: {line[:60]!r}") from None
-        return examples
-    import datasets
-
-    try:
-        if path.suffix == ".parquet":
-            return datasets.load_dataset("parquet", data_files=str(path), split="train").to_list()
-        name, _, subset = source.partition(":")
-        return datasets.load_dataset(name, subset or None, split=split).to_list()
-    except (
-        Exception
-    ) as error:  # hub, network and file errors are many; the user needs the source and the reason
-        raise UserError(
-            f"task data {source!r} ({split}): {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from None
-
-
 class GSM8K(Task):
-    """Grade-school maths (arXiv 2110.14168). `task_data` is a folder or file of its own format;
-    default: the hub.
-    """
+    """Grade-school maths (arXiv 2110.14168), from `task_data` or the hub."""
 
     system = (
         "Think step by step inside <think> and </think> tags, "
@@ -305,49 +238,108 @@ class GSM8K(Task):
 
     @staticmethod
     def load(source: str, split: str) -> list[dict]:
+        """Examples of GSM8K's own format: the answer is what stands behind `#### `."""
         examples = []
-        for i, e in enumerate(read_examples(source, split), start=1):
-            if "question" not in e or "#### " not in e.get("answer", ""):
-                raise UserError(
-                    f"{source} ({split}), row {i}: needs a question, and an answer with '#### '"
-                )
+        for where, e in read_examples(source, split):
+            if "question" not in e or "#### " not in str(e.get("answer")):
+                raise UserError(f"{where}: needs a question, and an answer with '#### '")
             examples.append({"prompt": e["question"], "answer": e["answer"].rpartition("#### ")[2]})
         return examples
 
 
-class JsonLines(Task):
-    """Any JSONL (or parquet) file with `prompt` and `answer`. The last tenth, at most 512 rows, is
-    held out.
-    """
+class FileTask(Task):
+    """Any file with `prompt` and `answer`. The last tenth, at most 512 prompts, is held out."""
 
-    def __init__(self, cfg, source: str):
+    def __init__(self, cfg):
         super().__init__(cfg)
-        examples = read_examples(source, "train")
-        for i, e in enumerate(examples, start=1):
+        examples = {}  # by prompt: one that stands twice could be on both sides
+        for where, e in read_examples(cfg.task, "train"):
             if not {"prompt", "answer"} <= e.keys():
-                raise UserError(f"{source}, row {i}: needs 'prompt' and 'answer', has {sorted(e)}")
-        order = list(
-            {e["prompt"]: e for e in examples}.values()
-        )  # a prompt that stands twice could be on both sides
-        held = min(512, len(order) // 10)
+                raise UserError(f"{where}: needs 'prompt' and 'answer', has {sorted(e)}")
+            examples[e["prompt"]] = e
+        order, held = list(examples.values()), min(512, len(examples) // 10)
         if not held:
-            raise UserError(
-                f"{source}: {len(order)} different prompts; one in ten is held out, so 10 at least"
-            )
+            count = f"{len(order)} different prompts"
+            raise UserError(f"{cfg.task}: {count}; one in ten is held out, so 10 at least")
         self.train, self.heldout = order[:-held], order[-held:]
 
 
+# ---------------------------------------------------------------- files and names
+
+FILES = (".jsonl", ".json", ".parquet")  # what read_examples reads; .json is read as JSONL
 TASKS = {"calculator": Calculator, "sum_digits": SumDigits, "countdown": Countdown, "gsm8k": GSM8K}
 
 
+def read_examples(source: str, split: str) -> list[tuple[str, dict]]:
+    """(where it stands, example) for each example of a source.
+
+    A source is a JSONL or parquet file, a folder with {split}.jsonl or {split}.parquet, or a data
+    set on the hub (`name` or `name:subset`).
+    """
+    path = pathlib.Path(source)
+    if path.is_dir():
+        found = [p for end in ("jsonl", "parquet") if (p := path / f"{split}.{end}").exists()]
+        if not found:
+            raise UserError(f"{path}: no {split}.jsonl and no {split}.parquet in this folder")
+        path = found[0]
+    if path.suffix in FILES and not path.exists():
+        raise UserError(f"{path}: no such file")
+    if path.suffix in (".jsonl", ".json"):
+        return read_jsonl(path)
+    import datasets
+
+    try:
+        if path.suffix == ".parquet":
+            table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        else:
+            name, _, subset = source.partition(":")
+            table = datasets.load_dataset(name, subset or None, split=split)
+    except Exception as error:  # of the hub, the network, the file: the user needs the reason
+        why = str(error).split("\n")[0]
+        raise UserError(f"{source} ({split}): {type(error).__name__}: {why}") from None
+    return [(f"{source} ({split}), row {i}", e) for i, e in enumerate(table.to_list(), start=1)]
+
+
+def read_jsonl(path: pathlib.Path) -> list[tuple[str, dict]]:
+    """(file and line, object) for each line that is not blank."""
+    found = []
+    with open(path, "rb") as file:  # as text, a U+2028 inside a string would end a line too
+        for i, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                example = json.loads(line.decode())
+                if not isinstance(example, dict):
+                    raise ValueError(f"{example!r:.60}")
+            except ValueError as error:  # no UTF-8, or no JSON
+                raise UserError(f"{path}, line {i}: not a JSON object: {error}") from None
+            found.append((f"{path}, line {i}", example))
+    return found
+
+
+def find_task(name: str):
+    """What makes the task of that name from the settings. UserError if there is nothing."""
+    if name in TASKS:
+        return TASKS[name]
+    if ".py:" in name:
+        return load_symbol(name, "task")
+    if name.endswith(FILES):
+        if not pathlib.Path(name).exists():
+            raise UserError(f"task={name}: no such file")
+        return FileTask
+    raise UserError(f"task={name}: known are {', '.join(TASKS)}, a .jsonl file, my_file.py:MyTask")
+
+
+def check_task(cfg):
+    """UserError if no task has this name. Reads no data."""
+    find_task(cfg.task)
+
+
 def load_task(cfg) -> Task:
-    """The task that the settings name. UserError if there is none, or its data cannot be read."""
-    if cfg.task in TASKS:
-        return TASKS[cfg.task](cfg)
-    if ".py:" in cfg.task:
-        return load_symbol(cfg.task, "task")(cfg)
-    if cfg.task.endswith((".jsonl", ".json", ".parquet")):
-        return JsonLines(cfg, cfg.task)
-    raise UserError(
-        f"task={cfg.task}: known are {', '.join(TASKS)}, a .jsonl file, or my_file.py:MyTask"
-    )
+    """The task that the settings name. UserError if its data or its rewards cannot be used."""
+    task = find_task(cfg.task)(cfg)
+    names = [reward_name(f) for f in task.rewards]
+    if len(set(names)) < len(names):
+        again = next(n for n in names if names.count(n) > 1)
+        raise UserError(f"task={cfg.task}: two rewards are named {again!r}; rename one of them")
+    return task

@@ -1,20 +1,26 @@
 """Tasks: right answers, wrong answers, bad files, and no model's text ever evaluated."""
 
+import concurrent.futures
+import functools
 import json
+import time
 from types import SimpleNamespace
 
+import numpy
 import pytest
 from conftest import SHARED
 
 import tasks
+from data import pieces
+from generator import Generator, judge
+from rollouts import Row
 from runtime import UserError
 from tasks import Episode
 
 
 def cfg(**extra):
-    return SimpleNamespace(
-        **{"seed": 0, "prompts_per_step": 16, "task": "calculator", "task_data": "", **extra}
-    )
+    usual = {"seed": 0, "prompts_per_step": 16, "task": "calculator", "task_data": ""}
+    return SimpleNamespace(**{**usual, **extra})
 
 
 def say(text, answer=None, **problem):
@@ -30,17 +36,16 @@ def test_calculator_answers_calls(calculator):
     assert calculator.reply(say("[63*11]")) == "=693"
     assert calculator.reply(say("[693+48]")) == "=741"
     assert calculator.reply(say("[2-5]")) == "=-3"
-    for text in (
-        "63*11",
-        "[63*]",
-        "[]",
-        "[9**9]",
-        "[9/3]",
-        "[__import__('os')]",
-        "[1e9]",
-        "[" + "9" * 60 + "]",
-    ):
+    for text in ("63*11", "[63*]", "[]", "[9**9]", "[9/3]", "[__import__('os')]", "[1e9]"):
         assert calculator.reply(say(text)) is None, text
+
+
+def test_calculate_reads_plain_decimal_numbers_only():
+    assert tasks.calculate("(1 + 2)*3-10") == -1
+    for text in ("1_2", "0x10", "\u0663+1", "\uff11", "1\n", "True", "1.0", "()", "3(4)", "007"):
+        assert tasks.calculate(text) is None, text
+    for text in ("9" * 41, "(" * 2000 + "1" + ")" * 2000, "1" + "+1" * 5000):  # in no time
+        assert tasks.calculate(text) is None, text[:40]
 
 
 def test_calculator_reward(calculator):
@@ -62,31 +67,22 @@ def test_prompts_come_from_names(calculator):
     epoch = len(calculator.train) // 16
     seen = [calculator.problem(step, slot)["prompt"] for step in range(epoch) for slot in range(16)]
     assert len(set(seen)) == len(seen) == len(calculator.train)  # an epoch is a permutation
-    assert (
-        calculator.problem(3, 4, attempt=1)
-        == calculator.problem(3, 4, attempt=1)
-        != calculator.problem(3, 4)
-    )
+    assert calculator.problem(3, 4, attempt=1) == again.problem(3, 4, attempt=1)
+    assert calculator.problem(3, 4, attempt=1) != calculator.problem(3, 4)
     assert tasks.Calculator(cfg(seed=1)).problem(0, 0) != calculator.problem(0, 0)
 
 
 def test_demonstrations_are_right_and_hold_both_strategies(calculator):
     made = [calculator.demonstration(str(i), progress=0.9) for i in range(400)]
-    for pieces in made:
-        prompt, reply = pieces[0][0], "".join(text for text, _ in pieces[1:])
+    for (prompt, _), *rest in made:
+        reply = "".join(text for text, _ in rest)
         assert calculator.correct(say(reply, tasks.calculate(prompt[:-1]))) == 1
-    tools = [pieces for pieces in made if "[" in pieces[1][0]]
+    tools = [example for example in made if "[" in example[1][0]]
     assert 0.2 < len(tools) / 400 < 0.4
-    assert [trained for _, trained in tools[0]] == [
-        False,
-        True,
-        False,
-        True,
-        False,
-        True,
-    ]  # the tool's words are not
+    told = [False, True, False, True, False, True]  # the prompt and the tool's words are given
+    assert [trained for _, trained in tools[0]] == told
     early = [calculator.demonstration(str(i), progress=0.1) for i in range(400)]
-    assert 0.7 < sum("[" in pieces[1][0] for pieces in early) / 400 < 0.9
+    assert 0.7 < sum("[" in example[1][0] for example in early) / 400 < 0.9
 
 
 def test_sum_of_digits():
@@ -99,8 +95,9 @@ def test_countdown():
     problem = dict(numbers=[3, 4, 5])
     assert task.correct(say("so <answer>3*4+5</answer>", 17, **problem)) == 1
     assert task.correct(say("3*4+5", 17, **problem)) == 1
-    for text in ("3*4+4+1", "17", "3*4+5+5", "<answer></answer>", "3*(4", "3**4"):
-        assert task.correct(say(text, 17, **problem)) == 0, text
+    for text in ("3*4+4+1", "17", "3*4+5+0", "<answer></answer>", "3*(4", "3**4", "9" * 5000):
+        assert task.correct(say(text, 17, **problem)) == 0, text[:40]
+    assert task.correct(say("3_4+5", 39, **problem)) == 0  # 34 is none of the numbers
 
 
 @pytest.mark.parametrize(
@@ -136,17 +133,45 @@ def test_thinking(text, reward):
     assert tasks.thinking(say(text)) == reward
 
 
-def test_jsonl_names_the_broken_line(tmp_path):
+def examples(n=20):
+    return [{"prompt": f"{i}", "answer": i} for i in range(n)]
+
+
+def write(path, *objects) -> str:
+    path.write_text("".join(json.dumps(o, ensure_ascii=False) + "\n" for o in objects))
+    return str(path)
+
+
+def test_a_broken_line_is_named(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text('{"prompt": "1", "answer": "2"}\n{"prompt": \n')
-    with pytest.raises(UserError, match=r"data\.jsonl, line 2: not a JSON object"):
-        tasks.JsonLines(cfg(), str(path))
-    path.write_text("".join(json.dumps({"prompt": f"{i}"}) + "\n" for i in range(20)))
-    with pytest.raises(UserError, match="row 1: needs 'prompt' and 'answer'"):
-        tasks.JsonLines(cfg(), str(path))
-    path.write_text("".join(json.dumps({"prompt": f"{i}", "answer": i}) + "\n" for i in range(20)))
-    task = tasks.JsonLines(cfg(), str(path))
-    assert (len(task.train), len(task.heldout)) == (18, 2)
+    good = b'{"prompt": "1", "answer": "2"}\n\n'  # a blank line counts, but is no example
+    for bad in (b'{"prompt": \n', b"[1]\n", b'{"prompt": "\xe9"}\n'):
+        path.write_bytes(good + bad)
+        with pytest.raises(UserError, match=r"data\.jsonl, line 3: not a JSON object: "):
+            tasks.read_examples(str(path), "train")
+    path.write_bytes(good + b'{"prompt": "1"}\n')
+    with pytest.raises(UserError, match=r"line 3: needs 'prompt' and 'answer', has \['prompt'\]"):
+        tasks.load_task(cfg(task=str(path)))
+    for where, example in tasks.read_examples(str(path), "train")[1:]:
+        with pytest.raises(UserError, match=r"line 3: no 'messages'"):
+            pieces(example, where)
+    for source in (tmp_path / "none.parquet", tmp_path / "none.jsonl"):
+        with pytest.raises(UserError, match="no such file"):
+            tasks.read_examples(str(source), "train")
+
+
+def test_a_file_as_a_task(tmp_path):
+    path = write(tmp_path / "data.jsonl", *examples(), *examples(5))
+    task = tasks.load_task(cfg(task=path))
+    assert (len(task.train), len(task.heldout)) == (18, 2)  # a prompt that stands twice counts once
+    with pytest.raises(UserError, match="9 different prompts"):
+        tasks.load_task(cfg(task=write(tmp_path / "short.jsonl", *examples(9))))
+
+
+def test_only_newlines_end_a_line(tmp_path):
+    odd = {"prompt": "a\u2028b\x85c", "answer": 1}
+    path = write(tmp_path / "data.jsonl", odd, {**odd, "answer": 2})
+    assert [e for _, e in tasks.read_examples(path, "train")] == [odd, {**odd, "answer": 2}]
 
 
 def test_parquet_and_jsonl_are_read_alike(tmp_path):
@@ -155,54 +180,112 @@ def test_parquet_and_jsonl_are_read_alike(tmp_path):
     rows = [{"question": f"q{i}", "answer": f"because\n#### {i}"} for i in range(5)]
     (tmp_path / "jsonl").mkdir(), (tmp_path / "parquet").mkdir()
     for split in ("train", "test"):
-        (tmp_path / "jsonl" / f"{split}.jsonl").write_text(
-            "".join(json.dumps(r) + "\n" for r in rows)
-        )
+        write(tmp_path / "jsonl" / f"{split}.jsonl", *rows)
         datasets.Dataset.from_list(rows).to_parquet(tmp_path / "parquet" / f"{split}.parquet")
     a, b = (tasks.GSM8K(cfg(task_data=str(tmp_path / kind))) for kind in ("jsonl", "parquet"))
     assert a.train == b.train and a.train[3] == {"prompt": "q3", "answer": "3"}
 
 
-@pytest.mark.skipif(
-    not (SHARED / "data/gsm8k").exists(), reason="the GSM8K files are not on this machine"
-)
+@pytest.mark.skipif(not (SHARED / "data/gsm8k").exists(), reason="no GSM8K files here")
 def test_gsm8k():
     task = tasks.GSM8K(cfg(task_data=str(SHARED / "data/gsm8k")))
     assert (len(task.train), len(task.heldout)) == (7473, 1319)
     assert all(tasks.number(e["answer"]) is not None for e in task.train + task.heldout)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "1"])
-def test_a_reward_that_is_no_number_is_named_with_its_row(calculator, value):
-    from generator import judge
-    from rollouts import Row
+def row(*turns, prompt="1*2+3=", answer=5):
+    return Row(3, 4, 0, 5, Episode({"prompt": prompt, "answer": answer}, list(turns)))
 
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "1", numpy.float32("nan")])
+def test_a_reward_that_is_no_number_is_named_with_its_row(calculator, value):
     def generous(episode):
         return value
 
     task = SimpleNamespace(reply=calculator.reply, rewards=[calculator.correct, generous])
-    row = Row(3, 4, 0, 5, Episode({"prompt": "1*2+3=", "answer": 5}, ["#5"]))
     with pytest.raises(UserError, match="generous returned .*.*step 3, slot 4, reply 5, prompt '1"):
-        judge(task, row, may_go_on=False)
+        judge(task, row("#5"), may_go_on=False)
+
+
+def times(factor, episode):
+    return numpy.float32(factor * 0.5)
+
+
+class Constant:
+    def __call__(self, episode):
+        return True
+
+
+def test_rewards_of_every_kind_have_a_name(calculator):
+    rewards = [calculator.correct, functools.partial(times, 3), Constant(), lambda episode: 7]
+    judged = row("#5")
+    judge(SimpleNamespace(reply=calculator.reply, rewards=rewards), judged, may_go_on=False)
+    assert judged.rewards == {"correct": 1.0, "times": 1.5, "Constant": 1.0, "<lambda>": 7.0}
+    assert all(type(value) is float for value in judged.rewards.values())
+
+
+def test_two_rewards_of_one_name(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "import tasks\n"
+        "class Mine(tasks.SumDigits):\n"
+        "    def __init__(self, cfg):\n"
+        "        super().__init__(cfg)\n"
+        "        self.rewards = [lambda e: 1, self.correct, lambda e: 2]\n"
+    )
+    with pytest.raises(UserError, match="two rewards are named '<lambda>'"):
+        tasks.load_task(cfg(task=f"{mine}:Mine"))
 
 
 def test_judge_goes_on_or_rewards(calculator):
-    from generator import judge
-    from rollouts import Row
+    judged = row("[1*2]")
+    assert judge(calculator, judged, may_go_on=True) == "=2" and judged.rewards == {}
+    assert judge(calculator, judged, may_go_on=False) is None and judged.rewards == {"correct": 0.0}
 
-    row = Row(0, 0, 0, 0, Episode({"prompt": "1*2+3=", "answer": 5}, ["[1*2]"]))
-    assert judge(calculator, row, may_go_on=True) == "=2" and row.rewards == {}
-    assert judge(calculator, row, may_go_on=False) is None and row.rewards == {"correct": 0.0}
+
+@pytest.fixture
+def pool_of_one():
+    """A generator without an engine whose only worker needs 0.3 s for a row of 0.5 s."""
+
+    def slow(episode):
+        time.sleep(0.3)
+        return 1.0
+
+    settings = cfg(deterministic=True, task_seconds=0.5, dtype="auto")
+    task = SimpleNamespace(rewards=[slow])
+    made = Generator(settings, SimpleNamespace(generates=False, cuda=False), task, None)
+    made.jobs, made.open, made.complete = {}, {3: 5}, {}
+    with concurrent.futures.ThreadPoolExecutor(1) as made.pool:
+        yield made
+
+
+def test_deterministic_waits_for_every_row(pool_of_one):
+    """Even for those that wait in the queue longer than the limit, which is each row's own."""
+    for _ in range(5):
+        pool_of_one.ask(row("#5"), may_go_on=False)
+    pool_of_one.apply_jobs()
+    assert len(pool_of_one.complete[3]) == 5 and not pool_of_one.jobs and pool_of_one.open == {3: 0}
+
+
+def test_a_row_over_the_time_limit_is_named(pool_of_one):
+    pool_of_one.cfg.task_seconds = 0.01
+    pool_of_one.ask(row("#5"), may_go_on=False)
+    with pytest.raises(UserError, match="longer than task_seconds=0.01 .step 3, slot 4, reply 5"):
+        for _ in range(20):
+            time.sleep(0.01)
+            pool_of_one.check_time()
 
 
 def test_a_user_task_and_a_wrong_name(tmp_path):
-    (tmp_path / "mine.py").write_text("import tasks\nclass Mine(tasks.SumDigits):\n    pass\n")
-    assert type(tasks.load_task(cfg(task=f"{tmp_path}/mine.py:Mine"))).__name__ == "Mine"
-    for name in (
-        "nonsense",
-        f"{tmp_path}/mine.py:Other",
-        f"{tmp_path}/none.py:Mine",
-        f"{tmp_path}/none.jsonl",
-    ):
-        with pytest.raises(UserError):
-            tasks.load_task(cfg(task=name))
+    mine = tmp_path / "mine.py"
+    mine.write_text("import tasks\nclass Mine(tasks.SumDigits):\n    pass\n")
+    right = [*tasks.TASKS, f"{mine}:Mine", write(tmp_path / "data.jsonl", *examples())]
+    for name in right:
+        tasks.check_task(cfg(task=name))
+    assert type(tasks.load_task(cfg(task=f"{mine}:Mine"))).__name__ == "Mine"
+    wrong = {"nonsense": "known are calculator, ", f"{mine}:Other": "NAME that the file defines"}
+    wrong |= {f"{tmp_path}/none.py:Mine": "no file", f"{tmp_path}/none.jsonl": "no such file"}
+    for name, what in wrong.items():
+        for use in (tasks.check_task, tasks.load_task):
+            with pytest.raises(UserError, match=what):
+                use(cfg(task=name))
