@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -169,6 +169,9 @@ class Policy(nn.Module):
         return table(logprobs), table(entropy.detach())
 
 
+HEAD_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # Cohere, Granite, Falcon-H1
+
+
 def check_config(path: str) -> AutoConfig:
     """The model's configuration; UserError if there is none, or it is of a kind not covered."""
     try:
@@ -186,6 +189,17 @@ def check_config(path: str) -> AutoConfig:
         )
     if any("expert" in k and v for k, v in config.to_dict().items()):
         raise UserError(f"model={path}: mixture-of-experts models are not supported")
+    # What `Policy` takes for granted: layers in `lm.model`, and logits = hidden @ head.T, no more.
+    if scale := [k for k in HEAD_SCALES if getattr(config, k, None) not in (None, 1)]:
+        raise UserError(f"model={path}: logits scaled by {scale[0]} are not supported")
+    with torch.device("meta"):  # parts to look at, without memory: milliseconds, at any size
+        lm = AutoModelForCausalLM.from_config(config)
+    head = lm.get_output_embeddings()
+    if not hasattr(getattr(lm, "model", None), "layers") or getattr(head, "bias", None) is not None:
+        raise UserError(
+            f"model={path}: {type(lm).__name__} is not built like Llama, with lm.model.layers and "
+            "a head without bias"
+        )
     return config
 
 
@@ -195,31 +209,39 @@ def has_weights(path: str) -> bool:
     return not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
-def build_policy(cfg, world) -> Policy:
-    """Load (or initialise) the model, shard it over the trainers. Collective over the trainers."""
+def build_policy(cfg, world, frozen: str | None = None) -> Policy:
+    """Load (or initialise) the model, shard it over the trainers. Collective over the trainers.
+
+    With `frozen` that model, in the compute type and without a gradient: a reference or a teacher.
+    """
     master = torch.float64 if cfg.dtype == "float64" else torch.float32
-    config, how = check_config(cfg.model), {"dtype": master, "attn_implementation": "packed"}
-    if cfg.random_init or not has_weights(cfg.model):
+    compute, path = compute_dtype(cfg, world), frozen or cfg.model
+    config = check_config(path)
+    how = {"dtype": compute if frozen else master, "attn_implementation": "packed"}
+    if cfg.random_init or not has_weights(path):
         torch.manual_seed(cfg.seed)
         lm = AutoModelForCausalLM.from_config(config, **how)
     else:
-        lm = AutoModelForCausalLM.from_pretrained(cfg.model, **how)
-    lm.train()
-    if cfg.activation_checkpointing:
+        lm = AutoModelForCausalLM.from_pretrained(path, **how)
+    lm.train(not frozen).requires_grad_(not frozen)
+    if cfg.activation_checkpointing and not frozen:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    compute = compute_dtype(cfg, world)
-    precision = MixedPrecisionPolicy(
-        param_dtype=None if compute == master else compute,
-        reduce_dtype=master,
-        cast_forward_inputs=False,
-    )
-    mesh = DeviceMesh.from_group(world.trainers, world.device.type, mesh=world.trainer_ranks)
+    shard = {
+        "mesh": DeviceMesh.from_group(world.trainers, world.device.type, mesh=world.trainer_ranks),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=None if frozen or compute == master else compute,
+            reduce_dtype=master,
+            cast_forward_inputs=False,
+        ),
+    }
+    if frozen and cfg.offload_frozen and world.cuda:
+        shard["offload_policy"] = CPUOffloadPolicy()
     for layer in lm.model.layers:
         if cfg.compile:
             layer.compile()
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
+        fully_shard(layer, **shard)
     policy = Policy(lm, getattr(cfg, "temperature", 1.0), cfg.head_chunk)
-    fully_shard(policy, mesh=mesh, mp_policy=precision)
+    fully_shard(policy, **shard)
     for module in policy.modules():
         if hasattr(module, "set_gradient_divide_factor"):
             module.set_gradient_divide_factor(1.0)  # sums: the loss has its global divisor

@@ -157,6 +157,7 @@ class World:
         self.clock: dict[str, float] = {}
         self.spans: list[tuple[str, float, float]] = []
         self.phase = "start"
+        self.buckets = None  # how weights travel: planned by the first sync
         self.meanwhile = None  # run_until(done): what a generator does while it waits for others
 
     def connect(self):

@@ -1,9 +1,11 @@
-"""Weights leave the trainers as one stream of (name, full tensor), into one of two sinks:
-the generators (`sync`) or a Hugging Face folder (`export`).
+"""Weights leave the trainers as one stream of (name, full tensor), into one of two sinks.
+
+The sinks are the generators (`sync`) and a Hugging Face folder (`export`).
 """
 
 import json
 import pathlib
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +13,9 @@ import torch.distributed as dist
 
 
 @dataclass
-class Tensor:
+class Place:
+    """Where a tensor lies in the stream's buckets."""
+
     name: str  # as in the Hugging Face checkpoint
     shape: tuple[int, ...]
     start: int  # in elements, within its bucket
@@ -26,14 +30,14 @@ def stream(trainer):
         yield name.removeprefix("lm."), p.detach().full_tensor()
 
 
-def plan_buckets(trainer, limit: int) -> list[list[Tensor]]:
+def plan_buckets(trainer, limit: int) -> list[list[Place]]:
     """The stream in buckets of at most `limit` elements; a larger tensor is one of its own."""
     buckets, room = [], 0
     for name, p in trainer.policy.named_parameters():
         if not buckets or p.numel() > room:
             buckets.append([])
             room, start = limit, 0
-        buckets[-1].append(Tensor(name.removeprefix("lm."), tuple(p.shape), start))
+        buckets[-1].append(Place(name.removeprefix("lm."), tuple(p.shape), start))
         start, room = start + p.numel(), room - p.numel()
     return buckets
 
@@ -48,7 +52,7 @@ def checksum(tensor: torch.Tensor) -> int:
     return int(tensor.contiguous().view(bits).long().sum())
 
 
-def buckets_through(trainer, generator, world, dtype):
+def buckets_through(trainer, world, dtype):
     """Yield each bucket as {name: view of a flat tensor}, where weights arrive. Collective."""
     tensors = stream(trainer) if world.trains else None
     for bucket in world.buckets:
@@ -76,10 +80,10 @@ def sync(trainer, generator, world):
     generator.finish_evaluation()
     world.arrive("sync")
     with world.span("sync"):
-        if not hasattr(world, "buckets"):
+        if world.buckets is None:
             limit = generator.cfg.sync_bucket_mb * 2**20 // generator.dtype.itemsize
             world.buckets = world.agree(plan_buckets(trainer, limit) if world.trains else None)
-        for views in buckets_through(trainer, generator, world, generator.dtype):
+        for views in buckets_through(trainer, world, generator.dtype):
             generator.load(views)
         generator.new_version()
     if generator.cfg.check_weights:
@@ -97,7 +101,7 @@ def check(trainer, generator, world):
     for _, p in generator.parameters():
         p.data.fill_(float("nan"))
     sums = {}
-    for views in buckets_through(trainer, generator, world, generator.dtype):
+    for views in buckets_through(trainer, world, generator.dtype):
         sums |= {name: checksum(v) for name, v in views.items()}
         generator.load(views)
     sent = world.agree(sums)
@@ -112,25 +116,32 @@ def check(trainer, generator, world):
 
 
 def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torch.float32):
-    """Write a folder that transformers and vLLM load. Collective over trainers."""
+    """Write a folder that transformers and vLLM load, by a temporary name: complete or absent.
+
+    Collective: every rank waits for the writer, in a phase that a signal does not cut short.
+    """
     from huggingface_hub import save_torch_state_dict
 
-    if not world.trains:
-        return
-    tensors = {}
-    for name, full in stream(trainer):
+    with world.span("export"):
+        tensors = {}
+        for name, full in stream(trainer) if world.trains else ():
+            if world.writes:
+                tensors[name] = full.to("cpu", dtype)
         if world.writes:
-            tensors[name] = full.to("cpu", dtype)
-    if world.writes:
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict(tensors, folder)  # first: nothing below may cost the weights
-        config = trainer.policy.lm.config
-        config.dtype = dtype
-        config.save_pretrained(folder)
-        settings = json.loads((folder / "config.json").read_text())
-        settings.pop("_attn_implementation", None)
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        trainer.policy.lm.generation_config.save_pretrained(folder)
-        if trainer.tokenizer is not None:
-            trainer.tokenizer.save_pretrained(folder)
+            final = pathlib.Path(folder)
+            partial = final.with_name(f"partial-{final.name}")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_torch_state_dict(tensors, partial)  # first: what fails below leaves them there
+            lm = trainer.policy.lm
+            lm.config.dtype = dtype
+            settings = json.loads(lm.config.to_json_string())
+            settings.pop("_attn_implementation", None)
+            (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            # As it was loaded: save_pretrained refuses what models ship (top_p, no do_sample).
+            lm.generation_config.to_json_file(partial / "generation_config.json")
+            if trainer.tokenizer is not None:
+                trainer.tokenizer.save_pretrained(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        world.agree(None)

@@ -119,3 +119,36 @@ def test_every_eos_is_known(tiny):
 
     path = tiny("qwen2", eos=(2, 7))
     assert eos_tokens(path, AutoTokenizer.from_pretrained(path)) == {2, 7}
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "refusal"),
+    [
+        ("LlamaForCausalLM", {}, None),
+        ("Qwen2ForCausalLM", {}, None),
+        ("Qwen3ForCausalLM", {}, None),
+        ("GraniteForCausalLM", {"logits_scaling": 1.0}, None),
+        ("GraniteForCausalLM", {"logits_scaling": 8.0}, "scaled by logits_scaling"),
+        ("CohereForCausalLM", {}, "scaled by logit_scale"),
+        ("PhiForCausalLM", {}, "head without bias"),
+        ("GPTNeoXForCausalLM", {}, "lm.model.layers"),
+        ("OPTForCausalLM", {}, "lm.model.layers"),
+        ("GPT2LMHeadModel", {}, "not a causal language model"),
+        ("Gemma2ForCausalLM", {}, "soft-capped"),
+        ("MistralForCausalLM", {"sliding_window": 8}, "sliding-window"),
+    ],
+)
+def test_models_whose_maths_is_another_are_refused(tmp_path, name, extra, refusal):
+    """As transformers itself builds and names them."""
+    import transformers
+
+    shape = dict(vocab_size=28, hidden_size=32, intermediate_size=48, pad_token_id=0)
+    shape |= dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    config = getattr(transformers, name).config_class(**shape, architectures=[name], **extra)
+    config.save_pretrained(tmp_path)
+    if refusal is None:
+        assert check_config(str(tmp_path)).architectures == [name]
+        return
+    with pytest.raises(UserError, match=refusal) as error:
+        check_config(str(tmp_path))
+    assert "\n" not in str(error.value)
