@@ -35,7 +35,9 @@ class Generator:
             return
         self.rows: dict[str, Row] = {}  # in the engine, by request name
         self.jobs: dict[concurrent.futures.Future, Row] = {}  # with the task, in the pool
-        self.complete: dict[int, list[Row]] = {}  # batch -> rows that have their reward
+        self.groups: dict[tuple, list[Row]] = {}  # (batch, slot) -> rows that have their reward
+        self.complete: dict[int, list[Row]] = {}  # batch -> rows of complete groups
+        self.refills: dict[int, list[float]] = {}  # batch -> rewards of groups drawn again
         self.open: dict[int, int] = {}  # batch -> rows admitted and not complete
         self.judged: list[Row] = []  # rows of the present evaluation that have their reward
         self.queue: list[tuple] = []  # requests for the next engine step
@@ -132,9 +134,7 @@ class Generator:
             if slot is None:
                 self.batch += 1
                 continue
-            problem = self.task.problem(self.batch, slot)
-            for reply in range(self.cfg.group_size):
-                self.start(Row(self.batch, slot, 0, reply, Episode(problem)))
+            self.start_group(self.batch, slot, attempt=0)
 
     def take_slot(self, batch: int) -> int | None:
         """The next slot of a batch, None after the last. Engines take them from a counter in
@@ -161,6 +161,11 @@ class Generator:
             for reply in range(self.cfg.eval_samples):
                 episode = Episode(self.task.heldout[slot])
                 self.start(Row(self.version, slot, 0, reply, episode, evaluates=True))
+
+    def start_group(self, batch: int, slot: int, attempt: int):
+        problem = self.task.problem(batch, slot, attempt)
+        for reply in range(self.cfg.group_size):
+            self.start(Row(batch, slot, attempt, reply, Episode(problem)))
 
     def start(self, row: Row):
         row.append_given(row.episode.problem["tokens"])
@@ -213,8 +218,7 @@ class Generator:
             row, reply = self.jobs.pop(future), future.result()
             if reply is None:
                 self.open[EVALUATION if row.evaluates else row.step] -= 1
-                rows = self.judged if row.evaluates else self.complete.setdefault(row.step, [])
-                rows.append(row)
+                self.judged.append(row) if row.evaluates else self.completed(row)
                 continue
             tokens = self.encode(reply)
             if len(tokens) < self.room(row):
@@ -226,6 +230,26 @@ class Generator:
                 row.finished = False
                 self.ask(row, may_go_on=False)
         self.check_time()
+
+    def completed(self, row: Row):
+        """A row of training has its reward. When its group's are all equal, the slot draws another
+        prompt, here and for the same batch, up to `max_refills` times (DAPO, arXiv 2503.14476,
+        section 3.2).
+
+        That is a bias, and the log shows it: batches leave out the prompts that are solved and
+        those that are hopeless, so their reward is not the task's.
+        """
+        group = self.groups.setdefault((row.step, row.slot), [])
+        group.append(row)
+        if len(group) < self.cfg.group_size:
+            return
+        del self.groups[row.step, row.slot]
+        rewards = {sum(r.rewards.values()) for r in group}
+        if len(rewards) == 1 and row.attempt < self.cfg.max_refills:
+            self.refills.setdefault(row.step, []).append(rewards.pop())
+            self.start_group(row.step, row.slot, row.attempt + 1)
+        else:
+            self.complete.setdefault(row.step, []).extend(group)
 
     def check_time(self):
         """Each job has the whole limit, from when a worker takes it."""
@@ -289,6 +313,7 @@ class Generator:
             table = from_rows(rows, names) if rows else Rollouts()
             samples = [sample(i, row) for i, row in enumerate(rows[: self.cfg.log_samples])]
             table.info = {**self.report(), "samples": samples}
+            table.info["refills"] = self.refills.pop(step, [])
             return table
 
     def report(self) -> dict:

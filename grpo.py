@@ -17,8 +17,8 @@ import weights
 from generator import Generator
 from model import check_config, has_weights
 from rollouts import gather
-from runtime import UserError, at_least, launch, load_symbol
-from tasks import load_task
+from runtime import UserError, launch, limits, load_symbol
+from tasks import check_task, load_task
 from trainer import Trainer
 
 
@@ -45,11 +45,34 @@ class Config:
     temperature: float = 1.0  # of the sampling, and of the trainer's log-probs
     top_p: float = 1.0  # must be 1 while training: filtered sampling has other log-probs
     # what is learned from it
-    loss: str = "grpo"  # policy loss: grpo, or my_file.py:my_loss
-    advantage: Literal["mean", "mean_std"] = "mean_std"  # minus the group's mean; over its std
-    aggregation: Literal["token", "fixed"] = "token"  # the sum's divisor: tokens or rows x length
-    clip_low: float = 0.2  # the ratio's clip is [1 - clip_low, 1 + clip_high]
-    clip_high: float = 0.28  # larger than clip_low: room for rare tokens (DAPO)
+    loss: str = "grpo"  # grpo dr_grpo dapo cispo gspo sapo reinforce, or my_file.py:my_loss
+    advantage: Literal["auto", "mean", "mean_std", "leave_one_out"] = "auto"  # auto: the loss's own
+    aggregation: Literal["auto", "token", "sequence", "prompt", "fixed"] = (
+        "auto"  # the sum's divisor
+    )
+    clip_low: float = -1.0  # the ratio's clip is [1 - clip_low, 1 + clip_high]; -1: the loss's own
+    clip_high: float = -1.0  # larger than clip_low: room for rare tokens (DAPO)
+    dual_clip: float = 3.0  # dapo: the ratio's cap where the advantage is negative
+    sapo_tau_positive: float = 1.0  # sapo: temperature of the gate where the advantage is positive
+    sapo_tau_negative: float = 1.05  # sapo: and where it is negative
+    old_policy: Literal["generator", "trainer"] = (
+        "generator"  # whose log-probs the ratio divides by
+    )
+    correction: Literal["none", "truncate", "mask"] = "none"  # of trainer against generator
+    correction_level: Literal["token", "sequence"] = "token"  # whose ratio is corrected by
+    correction_cap: float = 2.0  # largest weight (truncate); mask: within [1/cap, cap]
+    epochs_per_batch: int = 1  # times that a batch is trained
+    minibatches: int = 1  # optimizer steps that a batch is split into, by prompts
+    overlong: Literal["train", "mask"] = "train"  # replies that were cut off
+    equal_rewards: Literal["train", "mask"] = "train"  # groups that teach nothing
+    max_refills: int = 0  # times that a slot draws again when its group teaches nothing (DAPO)
+    kl_coef: float = 0.0  # of the KL to the reference, in the loss; 0: no reference is loaded
+    kl: Literal["k1", "k2", "k3"] = "k3"  # its estimator
+    reference: str = ""  # model of the KL; empty: `model` as it was at the start
+    teacher: str = ""  # model to distil from, on the policy's own replies; same tokenizer
+    distill: Literal["alone", "add"] = "alone"  # the teacher's advantage alone, or the reward's too
+    teacher_coef: float = 1.0  # of the teacher's advantage
+    offload_frozen: bool = False  # reference and teacher wait in host memory
     lr: float = 6.5e-4  # peak learning rate
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up
     lr_min_ratio: float = 0.0  # share of the peak at the last step
@@ -79,6 +102,7 @@ class Config:
     eval_size: int = 128  # held-out prompts; 0: no evaluation
     eval_samples: int = 1  # 1: greedy; more: that many samples at `temperature`
     save_every: int = 0  # steps between checkpoints; 0: only when the run is stopped
+    stop_seconds: float = 8.0  # a step longer than this is cut short by Ctrl-C, unsaved
     resume: str = "no"  # no, auto (newest checkpoint of run_dir), or a checkpoint's folder
     save_rollouts: bool = False  # keep every step's table in run_dir/rollouts/
     log_samples: int = 2  # rows of each engine and step that go to samples.jsonl
@@ -86,6 +110,7 @@ class Config:
 
 def check(cfg: Config, world):
     """Settings that cannot work together: one sentence, before anything is loaded."""
+    resolve_loss(cfg)
     if cfg.top_p != 1.0:
         raise UserError(
             f"top_p={cfg.top_p}: training needs 1.0; filtered sampling has log-probs of its own"
@@ -94,9 +119,19 @@ def check(cfg: Config, world):
         raise UserError(
             f"temperature={cfg.temperature}: sampling while training needs a temperature above 0"
         )
-    if cfg.group_size == 1 and cfg.advantage == "mean_std":
+    if cfg.group_size == 1 and cfg.advantage != "mean" and not cfg.teacher:
         raise UserError(
-            "group_size=1 has no spread to divide by: use 2 or more, or --advantage=mean"
+            f"group_size=1 has nothing to compare with (advantage={cfg.advantage}): use 2 or more, "
+            "or --advantage=mean"
+        )
+    if cfg.correction != "none" and cfg.old_policy == "generator":
+        raise UserError(
+            f"correction={cfg.correction} weighs the trainer's old policy against the generator's: "
+            "add --old_policy=trainer (with the generator's, the ratio itself is the correction)"
+        )
+    if cfg.minibatches > cfg.prompts_per_step:
+        raise UserError(
+            f"minibatches={cfg.minibatches}: prompts_per_step={cfg.prompts_per_step} is the most"
         )
     if world.colocated and cfg.max_policy_age:
         raise UserError(
@@ -106,12 +141,19 @@ def check(cfg: Config, world):
     least |= {"max_turns": 1, "task_workers": 1, "eval_samples": 1, "max_num_seqs": 1}
     least |= {"tokens_per_microbatch": 1, "sync_bucket_mb": 1, "head_chunk": 0, "lr": 0, "steps": 0}
     least |= {"max_policy_age": 0, "eval_every": 0, "eval_size": 0, "save_every": 0}
-    at_least(cfg, least)
-    find_loss(cfg.loss)
+    least |= {"clip_low": 0, "clip_high": 0, "log_samples": 0, "stop_seconds": 0}
+    least |= {"warmup_steps": 0, "lr_min_ratio": 0, "beta1": 0, "beta2": 0}
+    least |= {"weight_decay": 0, "max_grad_norm": 0}
+    most = {"lr_min_ratio": 1, "gpu_memory_utilization": 1}
+    above = {"gpu_memory_utilization": 0, "task_seconds": 0}
+    limits(cfg, at_least=least, at_most=most, above=above, below={"beta1": 1, "beta2": 1})
+    check_task(cfg)
     cfg.model = cfg.model.removeprefix("hf://")
     if not cfg.random_init and not has_weights(cfg.model):
         raise UserError(f"model={cfg.model}: a configuration, but no weights in this folder")
     config, longest = check_config(cfg.model), cfg.max_prompt_tokens + cfg.max_new_tokens
+    for path in frozen_models(cfg).values():
+        check_same_tokens(cfg.model, path)
     if longest > getattr(config, "max_position_embeddings", longest):
         limit = config.max_position_embeddings
         raise UserError(
@@ -119,51 +161,79 @@ def check(cfg: Config, world):
         )
 
 
-def find_loss(name: str):
+def resolve_loss(cfg: Config):
+    """Put the loss's own values where the settings say auto (for the clip: -1)."""
+    if cfg.loss not in losses.LOSSES and ".py:" not in cfg.loss:
+        known = ", ".join(losses.LOSSES)
+        raise UserError(f"loss={cfg.loss}: known are {known}, or my_file.py:my_loss")
+    own = {**losses.OWN["grpo"], **losses.OWN.get(cfg.loss, {})}
+    for name, value in own.items():
+        if getattr(cfg, name) in ("auto", -1.0):
+            setattr(cfg, name, value)
+
+
+def find_loss(cfg: Config):
     """One of losses.LOSSES, or a function with the same signature in the user's file."""
-    if name in losses.LOSSES:
-        return losses.LOSSES[name]
-    if ".py:" in name:
-        return load_symbol(name, "loss")
-    raise UserError(f"loss={name}: known are {', '.join(losses.LOSSES)}, or my_file.py:my_loss")
+    return losses.LOSSES.get(cfg.loss) or load_symbol(cfg.loss, "loss")
+
+
+def frozen_models(cfg: Config) -> dict[str, str]:
+    """Column of the table -> model that writes it, for the models that the settings need."""
+    models = {"ref_logprobs": (cfg.reference or cfg.model) if cfg.kl_coef else ""}
+    models["teacher_logprobs"] = cfg.teacher
+    return {column: path.removeprefix("hf://") for column, path in models.items() if path}
+
+
+def check_same_tokens(model: str, other: str):
+    """UserError if the other model's tokens are not this one's."""
+    check_config(other)
+    vocabularies = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (model, other))
+    if other != model and len(set(map(str, vocabularies))) > 1:
+        raise UserError(f"{other}: its tokenizer is not that of model={model}, so tokens differ")
 
 
 def main(cfg: Config, world, run):
     """The loop. Every rank runs every line; one that has no part in a line passes through it."""
-    task, loss = load_task(cfg), losses.with_diagnostics(find_loss(cfg.loss))
+    task, loss = load_task(cfg), losses.policy_loss(find_loss(cfg))
     tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-    trainer = Trainer(cfg, world, tokenizer)
+    trainer = Trainer(cfg, world, tokenizer, frozen_models(cfg))
     start = run.resume(trainer)
-    if world.writes and cfg.max_policy_age > 1:
-        run.say(f"max_policy_age={cfg.max_policy_age}: this loss has no correction for old tokens")
+    if world.writes and cfg.max_policy_age > 1 and cfg.correction == "none":
+        run.say(f"max_policy_age={cfg.max_policy_age}: old tokens, and correction=none")
     generator = Generator(cfg, world, task, tokenizer, version=start)
 
     for step in range(start, cfg.steps):
         weights.sync(trainer, generator, world)  # version = step; rows in flight go on
         rollouts = generator.collect(step)  # until batch `step` is complete, rewards included
         rollouts.advantage = losses.group_advantages(rollouts, cfg.advantage)
-        rollouts = gather(rollouts, world, cfg.tokens_per_microbatch)  # generators -> trainers
+        rollouts.weight = losses.row_weights(rollouts, cfg)
+        rollouts.share = losses.shares(rollouts, cfg)
+        rollouts = gather(rollouts, world, cfg.tokens_per_microbatch, cfg.minibatches)
         if rollouts.stop:
-            return run.stopped(trainer, step)
-        metrics = trainer.step(rollouts, loss, losses.divisor(rollouts.all, cfg))
-        run.log(step, {**table_metrics(rollouts.all), **metrics}, rollouts)
+            return run.stopped(trainer, step, rollouts)
+        rollouts = trainer.score(rollouts)  # log-probs of reference and teacher, where asked for
+        rollouts.advantage = losses.distilled(rollouts, cfg)
+        metrics = losses.derived(trainer.step(rollouts, loss, losses.divisor))
+        run.log(step, {**table_metrics(rollouts), **metrics}, rollouts)
         run.save(trainer, step + 1)
     weights.sync(trainer, generator, world)  # the last evaluation and the export are one version
     run.log(cfg.steps, {}, gather(generator.finish(), world, cfg.tokens_per_microbatch))
     weights.export(trainer, run.folder / "model", world)
 
 
-def table_metrics(table) -> dict[str, float]:
+def table_metrics(rollouts) -> dict[str, float]:
     """Figures of the whole batch that need no model."""
-    mean, each = lambda x: x.float().mean().item(), table.rewards  # noqa: E731
-    return {
-        "reward": mean(table.reward),
-        "reward_std": table.reward.std(correction=0).item(),
-        **({f"reward/{name}": mean(x) for name, x in each.items()} if len(each) > 1 else {}),
-        "equal_groups": mean(losses.equal_groups(table)),  # groups that teach nothing
-        "finished": mean(table.finished),
-        "length": mean(table.sampled),
-    }
+    table, each = rollouts.all, rollouts.all.rewards
+    mean = lambda x: x.float().mean().item()  # noqa: E731
+    out = {"reward": mean(table.reward), "reward_std": table.reward.std(correction=0).item()}
+    if len(each) > 1:
+        out |= {f"reward/{name}": mean(x) for name, x in each.items()}
+    out |= {"equal_groups": mean(losses.equal_groups(table))}  # groups that teach nothing
+    refills = [reward for info in rollouts.infos for reward in info.get("refills", [])]
+    if refills:  # groups drawn again, and their mean reward: what the batch leaves out
+        out |= {"refills": len(refills), "refills_reward": sum(refills) / len(refills)}
+    counts = {"finished": mean(table.finished), "length": mean(table.sampled)}
+    return {**out, **counts, "weight": mean(table.weight)}
 
 
 if __name__ == "__main__":

@@ -2,20 +2,24 @@
 collective.
 
 A loss is `loss(logprobs (B, T), rows, cfg) -> (sum, {name: sum})`. It returns sums over the tokens
-it was given; the trainer divides once, by `divisor` of the whole batch. So no split into
-micro-batches or ranks changes the gradient.
+it was given; the trainer divides once, by `divisor` of the whole mini-batch. So no split into
+micro-batches or ranks changes the gradient. What a token counts in the sum is its row's `share`:
+`shares` and `divisor` together are the aggregation.
 """
+
+import math
 
 import torch
 
+# ---------------------------------------------------------------- advantages
+
 
 def group_advantages(rollouts, kind: str = "mean_std") -> torch.Tensor | None:
-    """(N,) rewards -> (N, T) advantages: a row's number stands on each token that the policy
-    sampled.
+    """(N,) rewards -> (N, T) advantages: a row's number stands on each token the policy sampled.
 
     mean: r - mean of its group (Dr.GRPO, arXiv 2503.20783, section 3.2). mean_std: (r - mean) /
-    (std + 1e-4), std unbiased (GRPO, arXiv 2402.03300, section 4.1.2). A group of one, and a group
-    of equal rewards, have advantage exactly 0.
+    (std + 1e-4), std unbiased (GRPO, arXiv 2402.03300, section 4.1.2). leave_one_out: r - mean of
+    the others (RLOO, arXiv 2402.14740). A group of one, and one of equal rewards: exactly 0.
     """
     if not len(rollouts):  # a rank without an engine
         return None
@@ -27,6 +31,8 @@ def group_advantages(rollouts, kind: str = "mean_std") -> torch.Tensor | None:
     if kind == "mean_std":
         variance = torch.bincount(group, centred**2) / (size - 1).clamp(min=1)
         centred = centred / (variance.sqrt()[group] + 1e-4)
+    if kind == "leave_one_out":
+        centred = centred * (size / (size - 1).clamp(min=1))[group]
     return centred.float()[:, None] * rollouts.mask  # (N, T)
 
 
@@ -41,73 +47,295 @@ def equal_groups(table) -> torch.Tensor:
     return low == high
 
 
-def divisor(table, cfg) -> float:
-    """What the sum of a batch's loss is divided by, from the whole table's small columns (rows of
-    weight 0 left out).
+def distilled(rollouts, cfg) -> torch.Tensor | None:
+    """On-policy distillation: (N, T) advantages with the teacher's part, one number per token.
 
-    token: sampled tokens (DAPO, arXiv 2503.14476, eq. 8). fixed: rows x max_new_tokens (Dr.GRPO,
-    section 3.2).
+    log pi_teacher - log pi_generator is minus the reverse KL's estimate at that token (Agarwal et
+    al., arXiv 2306.13649; Lu et al., "On-policy distillation", 2025), with no view of the future.
     """
-    rows = table.weight.sum()
-    count = {"token": (table.sampled * table.weight).sum(), "fixed": rows * cfg.max_new_tokens}[
-        cfg.aggregation
-    ]
-    return max(float(count), 1.0)
+    if not cfg.teacher or not len(rollouts):
+        return rollouts.advantage
+    gain = (rollouts.teacher_logprobs - rollouts.logprobs) * rollouts.mask
+    base = rollouts.advantage if cfg.distill == "add" else 0.0
+    return base + cfg.teacher_coef * gain
+
+
+# ---------------------------------------------------------------- what a row counts
+
+
+def row_weights(rollouts, cfg) -> torch.Tensor | None:
+    """(N,) 0 or 1: whether a row counts, in the loss and in every divisor.
+
+    overlong=mask leaves out replies that were cut off (DAPO, arXiv 2503.14476, section 3.4);
+    equal_rewards=mask leaves out groups that teach nothing, which else dilute the divisor.
+    """
+    if not len(rollouts):
+        return None
+    weight = torch.ones(len(rollouts))
+    if cfg.overlong == "mask":
+        weight[~rollouts.finished] = 0.0
+    if cfg.equal_rewards == "mask":
+        _, group = torch.unique(rollouts.index, return_inverse=True)
+        weight[equal_groups(rollouts)[group]] = 0.0
+    return weight
+
+
+def shares(rollouts, cfg) -> torch.Tensor | None:
+    """(N,) what each sampled token of a row counts in the loss's sum; 0 for rows of weight 0.
+
+    token and fixed: 1. sequence: 1 / tokens of the row. prompt: 1 / tokens of its group.
+    """
+    if not len(rollouts):
+        return None
+    count = rollouts.sampled * rollouts.weight.double()  # (N,) tokens
+    if cfg.aggregation == "prompt":
+        _, group = torch.unique(rollouts.index, return_inverse=True)
+        count = torch.bincount(group, count)[group]
+    if cfg.aggregation in ("token", "fixed"):
+        count = torch.ones_like(count)
+    return (rollouts.weight / count.clamp(min=1)).float()
+
+
+def divisor(table, cfg) -> float:
+    """What the sum of a mini-batch's loss is divided by, from the small columns of all its rows.
+
+    token: sampled tokens (DAPO, eq. 8). sequence: rows (GRPO, eq. 3), whose tokens weigh less in a
+    long reply. prompt: groups. fixed: rows x max_new_tokens (Dr.GRPO, section 3.2). Rows of weight
+    0 are in none of them.
+    """
+    counts = {
+        "token": (table.sampled * table.weight).sum(),
+        "sequence": table.weight.sum(),
+        "prompt": len(table.index[table.weight > 0].unique()),
+        "fixed": table.weight.sum() * cfg.max_new_tokens,
+    }
+    return max(float(counts[cfg.aggregation]), 1.0)
+
+
+# ---------------------------------------------------------------- ratios
+
+
+def old_logprobs(logprobs, rows, cfg) -> torch.Tensor:
+    """(B, T) log-probs of the old policy: the generator's, or the trainer's own at the batch's
+    start (decoupled PPO, arXiv 2110.00641 and 2505.24298), which in a batch's only update are the
+    present ones.
+    """
+    if cfg.old_policy == "generator":
+        return rows.logprobs
+    return logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs
+
+
+def log_ratio(logprobs, rows, cfg) -> torch.Tensor:
+    """(B, T) log(pi / pi_old), 0 where nothing was sampled."""
+    return ((logprobs - old_logprobs(logprobs, rows, cfg)) * rows.mask).clamp(-20, 20)
+
+
+def correction(logprobs, rows, cfg) -> torch.Tensor:
+    """(B, T) weights pi_old / pi_generator, without gradient: what the sampler did otherwise.
+
+    truncate: at most `correction_cap` (TIS, Yao et al. 2025). mask: 0 outside [1 / cap, cap] (MIS;
+    IcePop, arXiv 2510.18855). Per sequence the ratio is the product over the row's tokens.
+    """
+    difference = (old_logprobs(logprobs.detach(), rows, cfg) - rows.logprobs) * rows.mask
+    if cfg.correction_level == "sequence":
+        difference = difference.sum(1, keepdim=True).expand_as(difference)
+    ratio, cap = difference.clamp(-20, 20).exp(), cfg.correction_cap
+    kept = (difference.abs() <= math.log(cap)).to(ratio.dtype)
+    weights = {"none": ratio.new_ones(()), "truncate": ratio.clamp(max=cap), "mask": ratio * kept}
+    return weights[cfg.correction]
+
+
+def counted(rows) -> torch.Tensor:
+    """(B, T) 1 where a token counts: sampled, in a row of weight 1."""
+    return rows.mask * rows.weight[:, None]
+
+
+def total(values, logprobs, rows, cfg) -> torch.Tensor:
+    """Sum of per-token losses (B, T), each by its row's share and its correction."""
+    weight = rows.mask * rows.share[:, None] * correction(logprobs, rows, cfg)
+    return (values * weight).sum()
+
+
+# ---------------------------------------------------------------- losses
 
 
 def grpo(logprobs: torch.Tensor, rows, cfg) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = pi / pi_generator (PPO, arXiv
-    1707.06347, eq. 7).
+    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = pi / pi_old (PPO, arXiv 1707.06347,
+    eq. 7; GRPO, arXiv 2402.03300, eq. 3).
 
-    The generator's own log-probs are the old policy, so a token that is a version old has a true
-    ratio.
+    The generator's own log-probs are the old policy, so a token a version old has a true ratio.
     """
-    keep = rows.mask * rows.weight[:, None]  # (B, T) 1 where a token counts
-    log_ratio = (logprobs - rows.logprobs) * keep
-    ratio = log_ratio.clamp(-20, 20).exp()
+    ratio = log_ratio(logprobs, rows, cfg).exp()
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-    loss = -torch.minimum(ratio * rows.advantage, clipped * rows.advantage) * keep
-    return loss.sum(), {
-        "ratio": (ratio * keep).sum(),
-        **clip_fractions(ratio, rows.advantage, keep, cfg),
-    }
+    values = -torch.minimum(ratio * rows.advantage, clipped * rows.advantage)
+    return total(values, logprobs, rows, cfg), clip_fractions(ratio, rows, cfg)
 
 
-def clip_fractions(ratio, advantage, keep, cfg) -> dict[str, torch.Tensor]:
-    """Tokens whose gradient the clip removed, below (A < 0) and above (A > 0)."""
-    low = (ratio < 1 - cfg.clip_low) & (advantage < 0)
-    high = (ratio > 1 + cfg.clip_high) & (advantage > 0)
-    return {"clip_low": (low * keep).sum(), "clip_high": (high * keep).sum()}
-
-
-def mismatch(logprobs: torch.Tensor, rows) -> dict[str, torch.Tensor]:
-    """How far the trainer's policy is from the one that sampled: k3 estimate of KL(generator ||
-    trainer), as a sum.
-
-    k3 = exp(d) - 1 - d with d = log pi_trainer - log pi_generator (Schulman, "Approximating KL
-    divergence", 2020).
+def dr_grpo(logprobs, rows, cfg):
+    """GRPO without its two biases: a fixed horizon as divisor, no std (arXiv 2503.20783, section
+    3.2). Both are settings (`aggregation=fixed`, `advantage=mean`), which `auto` chooses here.
     """
-    keep = rows.mask * rows.weight[:, None]
-    d = (logprobs - rows.logprobs).double() * keep
-    return {
-        "mismatch_kl": (d.clamp(-20, 20).expm1() - d).sum(),
-        "mismatch_abs": d.abs().sum(),
-        "mismatch_max": d.abs().max(),
+    return grpo(logprobs, rows, cfg)
+
+
+def dapo(logprobs, rows, cfg):
+    """GRPO, where clip_high > clip_low gives rare tokens room (arXiv 2503.14476, eq. 8), and a
+    negative advantage has a floor at `dual_clip` x A (dual-clip PPO, arXiv 1912.09729).
+    """
+    ratio = log_ratio(logprobs, rows, cfg).exp()
+    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    values = torch.minimum(ratio * rows.advantage, clipped * rows.advantage)
+    floor = torch.maximum(values, cfg.dual_clip * rows.advantage)
+    values = torch.where(rows.advantage < 0, floor, values)
+    fractions = clip_fractions(ratio, rows, cfg)
+    dual = (ratio > cfg.dual_clip) & (rows.advantage < 0)
+    return -total(values, logprobs, rows, cfg), {
+        **fractions,
+        "clip_dual": (dual * counted(rows)).sum(),
     }
 
 
-LOSSES = {"grpo": grpo}
+def cispo(logprobs, rows, cfg):
+    """-sg(clip(ratio, 1 - low, 1 + high)) A log pi: the weight is clipped, so that no token loses
+    its gradient (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
+    """
+    ratio = log_ratio(logprobs, rows, cfg).exp().detach()
+    weight = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    values = -weight * rows.advantage * logprobs
+    return total(values, logprobs, rows, cfg), clip_fractions(ratio, rows, cfg, both=True)
 
 
-def with_diagnostics(loss):
-    """A policy loss that also reports what every policy loss should: age and mismatch."""
+def gspo(logprobs, rows, cfg):
+    """GRPO's clip on the ratio of the whole reply, s = exp(mean over its tokens of log ratio), in
+    the form with a gradient per token (arXiv 2507.18071, eq. 5, 7 and 13).
+    """
+    tokens = rows.mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+    mean = log_ratio(logprobs, rows, cfg).sum(1, keepdim=True) / tokens
+    ratio = (
+        mean.detach() + logprobs - logprobs.detach()
+    ).exp()  # (B, T): s, with log pi's gradient
+    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    values = -torch.minimum(ratio * rows.advantage, clipped * rows.advantage)
+    return total(values, logprobs, rows, cfg), clip_fractions(ratio, rows, cfg)
 
-    def loss_and_figures(logprobs, rows, cfg):
-        total, sums = loss(logprobs, rows, cfg)
+
+def sapo(logprobs, rows, cfg):
+    """-(4 / tau) sigmoid(tau (ratio - 1)) A: a soft gate in place of the clip, whose gradient is
+    GRPO's at ratio 1 and fades on both sides; tau is larger for A < 0 (arXiv 2511.20347).
+    """
+    ratio = log_ratio(logprobs, rows, cfg).exp()
+    tau = torch.where(rows.advantage > 0, cfg.sapo_tau_positive, cfg.sapo_tau_negative)
+    gate = torch.sigmoid(tau * (ratio - 1)) * 4 / tau
+    return total(-gate * rows.advantage, logprobs, rows, cfg), {}
+
+
+def reinforce(logprobs, rows, cfg):
+    """-sg(ratio) A log pi: REINFORCE (Williams 1992) with an importance weight and no clip. Its
+    gradient is that of the surrogate -ratio A.
+    """
+    ratio = log_ratio(logprobs, rows, cfg).exp().detach()
+    return total(-ratio * rows.advantage * logprobs, logprobs, rows, cfg), {}
+
+
+LOSSES = {f.__name__: f for f in (grpo, dr_grpo, dapo, cispo, gspo, sapo, reinforce)}
+# What `auto` (for the clip: -1) means for each. GRPO's paper has `sequence`; `token` is DAPO's cure
+# of the length bias that it brings.
+OWN = {
+    "grpo": {"aggregation": "token", "advantage": "mean_std", "clip_low": 0.2, "clip_high": 0.28},
+    "dr_grpo": {"aggregation": "fixed", "advantage": "mean", "clip_low": 0.2, "clip_high": 0.2},
+    "dapo": {"aggregation": "token", "advantage": "mean_std", "clip_low": 0.2, "clip_high": 0.28},
+    "cispo": {"aggregation": "token", "advantage": "mean_std", "clip_low": 1.0, "clip_high": 4.0},
+    "gspo": {
+        "aggregation": "sequence",
+        "advantage": "mean_std",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+    },
+    "sapo": {"aggregation": "sequence", "advantage": "mean_std"},
+    "reinforce": {"aggregation": "token", "advantage": "leave_one_out"},
+}
+
+
+def kl(logprobs: torch.Tensor, other: torch.Tensor, kind: str = "k3") -> torch.Tensor:
+    """(B, T) estimates of KL(pi || other) from tokens that pi sampled (Schulman, "Approximating KL
+    divergence", 2020), with d = log other - log pi.
+
+    k1 = -d: unbiased, but as a loss its gradient is 0 on average. k2 = d^2 / 2: biased, but its
+    gradient is the KL's. k3 = exp(d) - 1 - d: unbiased, never negative; its gradient is the KL's to
+    first order.
+    """
+    d = (other - logprobs).clamp(-20, 20)
+    return {"k1": -d, "k2": d * d / 2, "k3": d.expm1() - d}[kind]
+
+
+# ---------------------------------------------------------------- figures
+
+
+def clip_fractions(ratio, rows, cfg, both: bool = False) -> dict[str, torch.Tensor]:
+    """Tokens outside the clip whose gradient it removed: below with A < 0, above with A > 0. With
+    `both` the sign does not matter (CISPO caps, whatever the advantage).
+    """
+    low = (ratio < 1 - cfg.clip_low) & ((rows.advantage < 0) | both)
+    high = (ratio > 1 + cfg.clip_high) & ((rows.advantage > 0) | both)
+    return {"clip_low": (low * counted(rows)).sum(), "clip_high": (high * counted(rows)).sum()}
+
+
+HISTOGRAM = torch.logspace(-7, 2, 721, dtype=torch.float64)  # edges, 80 a decade: 3% apart
+
+
+def figures(logprobs: torch.Tensor, rows, cfg) -> dict[str, torch.Tensor]:
+    """What every policy loss should report, as sums over tokens; `_max` are maxima.
+
+    The mismatch is that of the trainer (before the batch's first update where that was kept) and
+    the generator, whose tokens these are: KL(generator || trainer) by k3.
+    """
+    keep = counted(rows)
+    age = ((rows.index[:, None] >> 32) - rows.version) * keep  # in steps, sampling to training
+    trainer = logprobs if rows.old_logprobs is None else rows.old_logprobs
+    d = (trainer - rows.logprobs).double() * keep
+    weight = d.clamp(-20, 20).exp() * keep  # pi_trainer / pi_generator
+    ratio = log_ratio(logprobs, rows, cfg).exp() * keep
+    far = torch.bucketize(d.abs()[keep > 0], HISTOGRAM.to(d.device))
+    out = {"policy_age": age.sum(), "policy_age_max": age.max()}
+    out |= {"ratio": ratio.sum(), "ratio_max": ratio.max()}
+    out |= {"mismatch_kl": (d.clamp(-20, 20).expm1() - d).sum(), "mismatch_abs": d.abs().sum()}
+    out |= {
+        "mismatch_max": d.abs().max(),
+        "ess": weight.sum(),
+        "ess_squares": (weight**2).sum(),
+    }
+    out["mismatch_histogram"] = torch.bincount(far, minlength=len(HISTOGRAM) + 1)
+    if rows.ref_logprobs is not None:
+        out["kl_ref"] = (kl(logprobs, rows.ref_logprobs) * keep).sum()
+    if rows.old_logprobs is not None:
+        out["kl_old"] = (kl(logprobs, rows.old_logprobs) * keep).sum()
+    return out
+
+
+def policy_loss(loss):
+    """A loss with what goes with it: the KL to the reference (here, and in no reward), figures."""
+
+    def whole(logprobs, rows, cfg):
+        value, sums = loss(logprobs, rows, cfg)
+        if cfg.kl_coef:
+            penalty = kl(logprobs, rows.ref_logprobs, cfg.kl) * rows.mask * rows.share[:, None]
+            value = value + cfg.kl_coef * penalty.sum()
         with torch.no_grad():
-            keep = rows.mask * rows.weight[:, None]
-            age = ((rows.index[:, None] >> 32) - rows.version) * keep  # in steps, sampling to now
-            sums |= {"policy_age": age.sum(), "policy_age_max": age.max()}
-            return total, {**sums, **mismatch(logprobs, rows)}
+            return value, {**figures(logprobs.detach(), rows, cfg), **sums}
 
-    return loss_and_figures
+    return whole
+
+
+def derived(metrics: dict) -> dict[str, float]:
+    """Means per token, as `Trainer.step` returns them -> the metrics that go to the log.
+
+    ess: effective sample size of the weights w = pi_trainer / pi_generator, as a share of the
+    tokens: mean(w)^2 / mean(w^2). mismatch_p95: of |log-prob difference|, to 3%.
+    """
+    out = dict(metrics)
+    if "mismatch_histogram" in out:
+        below = torch.tensor(out.pop("mismatch_histogram")).cumsum(0)
+        place = int(torch.searchsorted(below, 0.95 * below[-1]))
+        out["mismatch_p95"] = float(HISTOGRAM[min(place, len(HISTOGRAM) - 1)])
+        out["ess"] = out["ess"] ** 2 / max(out.pop("ess_squares"), 1e-30)
+    return out

@@ -22,6 +22,7 @@ SMALL = {  # the (N,) columns, in the order in which they travel
     "length": torch.int64,
     "sampled": torch.int64,
     "weight": torch.float32,
+    "share": torch.float32,
     "finished": torch.bool,
     "reward": torch.float32,
 }
@@ -47,6 +48,7 @@ class Rollouts:
     length: torch.Tensor = None  # (N,) int64: prompt + all turns
     sampled: torch.Tensor = None  # (N,) int64: tokens that the policy sampled = mask.sum(1)
     weight: torch.Tensor = None  # (N,) 0 or 1: whether the row counts, in every divisor too
+    share: torch.Tensor = None  # (N,) what one of its tokens counts in the loss's sum
     finished: torch.Tensor = None  # (N,) bool: ended by itself, not cut off
     reward: torch.Tensor = None  # (N,) float32: sum of the reward functions
     rewards: dict[str, torch.Tensor] = field(default_factory=dict)  # each function's own (N,)
@@ -55,9 +57,13 @@ class Rollouts:
     logprobs: torch.Tensor = None  # (N, T) float32, as sampled (temperature applied), else 0
     version: torch.Tensor = None  # (N, T) int32: weights that sampled the token, -1 elsewhere
     advantage: torch.Tensor = None  # (N, T) float32
-    # Only after gather, only here:
+    # Only after gather, only on the trainer that trains the rows:
+    ref_logprobs: torch.Tensor = None  # (N, T) float32: of the reference model, where asked for
+    teacher_logprobs: torch.Tensor = None  # (N, T) float32: of the teacher, where asked for
+    old_logprobs: torch.Tensor = None  # (N, T) float32: of the policy before the batch's updates
+    minibatch: torch.Tensor = None  # (N,) int64: the update, of its batch, that trains the row
     all: "Rollouts" = None  # the small columns of every row of the batch
-    microbatches: list[list[int]] = field(default_factory=list)  # this trainer's rows
+    plan: list[list[list[int]]] = field(default_factory=list)  # [mini-batch][micro-batch] = rows
     infos: list[dict] = field(default_factory=list)  # what every rank had to tell
     stop: bool = False  # some rank was told to stop
     # Besides its rows: samples, notes and evaluations, which `gather` brings to every rank.
@@ -69,10 +75,10 @@ class Rollouts:
     def columns(self) -> dict[str, torch.Tensor]:
         return {k: v for k, v in vars(self).items() if torch.is_tensor(v)}
 
-    def take(self, rows: list[int], device=None) -> "Rollouts":
-        """The given rows, with the padding cut to the longest of them, on `device`."""
-        at = torch.tensor(rows, dtype=torch.long)
-        width = int(self.length[at].max()) if rows else 0
+    def take(self, rows, device=None) -> "Rollouts":
+        """The rows of these numbers, with the padding cut to the longest of them, on `device`."""
+        at = torch.as_tensor(rows, dtype=torch.long)
+        width = int(self.length[at].max()) if len(at) else 0
         rewards = {k: v[at] for k, v in self.rewards.items()}
         cut = {k: v[at, :width] if v.dim() == 2 else v[at] for k, v in self.columns().items()}
         return Rollouts(**{k: v.to(device) for k, v in cut.items()}, rewards=rewards)
@@ -190,6 +196,7 @@ def from_rows(rows: list[Row], reward_names: list[str]) -> Rollouts:
         length=column((len(r.tokens) for r in rows), torch.int64),
         sampled=column((sum(r.mask) for r in rows), torch.int64),
         weight=torch.ones(n),
+        share=torch.ones(n),
         finished=column((r.finished for r in rows), torch.bool),
         reward=column((sum(r.rewards.values()) for r in rows), torch.float32),
         rewards={k: column((r.rewards[k] for r in rows), torch.float32) for k in reward_names},
@@ -245,6 +252,8 @@ def exchange(parts: list[torch.Tensor], sizes: list[int], group) -> list[torch.T
 
 def to_cells(table: Rollouts, rows: torch.Tensor) -> torch.Tensor:
     """The token columns of some rows, flat, without padding: (sum of lengths * 5,) int32."""
+    if not len(rows):
+        return torch.empty(0, dtype=torch.int32)
     real = torch.arange(table.tokens.shape[1]) < table.length[rows, None]  # (rows, T)
     bits = [getattr(table, k)[rows][real] for k in CELLS]
     bits = [b.view(torch.int32) if b.is_floating_point() else b.int() for b in bits]
@@ -260,93 +269,91 @@ def from_cells(cells: torch.Tensor, table: Rollouts):
         setattr(table, name, column)
 
 
-def gather(rollouts: Rollouts, world, tokens_per_microbatch: int) -> Rollouts:
+def gather(rollouts: Rollouts, world, tokens_per_microbatch: int, minibatches: int = 1) -> Rollouts:
     """Rows from the engines -> each trainer's share of the batch. Collective: every rank calls it,
     rows or not.
 
     One fixed header per rank, then the small columns of every row to everyone. Each rank alone
     computes the same packing plan from them, and the token columns go only to the trainer that
-    trains the row. Returns on a trainer its own rows, their `microbatches`, and in `all` the small
-    columns of the batch.
+    trains the row. Returns on a trainer its own rows, their `plan`, and in `all` the small columns
+    of the batch.
     """
     world.arrive("gather")
     with world.span("gather"):
-        group, size, me = world.control, world.size, world.rank
-        mine = (
-            rollouts if world.leads else Rollouts(info=rollouts.info)
-        )  # an engine speaks through its first rank
-        for sample in mine.info.get("samples", []):  # its mean over the sampled tokens
-            row = sample["row"]
-            sample["advantage"] = float(mine.advantage[row].sum() / max(int(mine.sampled[row]), 1))
-        info = {
-            "rank": me,
-            "clock": world.clock,
-            "spans": world.spans,
-            "rewards": list(mine.rewards),
-            **mine.info,
-        }
-        world.clock, world.spans = {}, []
-        info = torch.frombuffer(
-            bytearray(json.dumps(info, default=str).encode()), dtype=torch.uint8
-        )
-        headers = [torch.empty(3, dtype=torch.int64) for _ in range(size)]
-        dist.all_gather(
-            headers, torch.tensor([len(mine), len(info), int(world.stopping)]), group=group
-        )
+        group, me, ranks = world.control, world.rank, range(world.size)
+        # An engine speaks through its first rank.
+        mine = rollouts if world.leads else Rollouts(info=rollouts.info)
+        info = pack_info(mine, world)
+        header = torch.tensor([len(mine), len(info), int(world.stopping)])
+        headers = [torch.empty_like(header) for _ in ranks]
+        dist.all_gather(headers, header, group=group)
         counts, info_sizes, stops = torch.stack(headers).T.tolist()
-        infos = [json.loads(bytes(i.tolist())) for i in exchange([info] * size, info_sizes, group)]
+        infos = exchange([info for _ in ranks], info_sizes, group)
+        infos = [json.loads(bytes(i.tolist())) for i in infos]
         rewards = next((i["rewards"] for i in infos if i["rewards"]), [])
 
-        # float64 holds an index (step * 2^32 + slot) exactly up to step 2^21
-        small = (
-            [getattr(mine, k) for k in SMALL] + [mine.rewards[k] for k in rewards]
-            if len(mine)
-            else []
-        )
-        small = (
-            torch.stack([c.double() for c in small], 1).flatten()
-            if small
-            else torch.empty(0, dtype=torch.float64)
-        )
-        width = len(SMALL) + len(rewards)
-        tables = exchange([small] * size, [n * width for n in counts], group)
-        table = torch.cat(tables).view(-1, width)  # (rows of all ranks, small columns)
-        source = torch.repeat_interleave(
-            torch.arange(size), torch.tensor(counts)
-        )  # rank that holds the row
-        place = torch.cat([torch.arange(n) for n in counts])  # its number there
-        order = torch.tensor(
-            sorted(range(len(table)), key=lambda i: table[i, :2].tolist()), dtype=torch.long
-        )
-        table, source, place = table[order].T, source[order], place[order]
-        everyone = Rollouts(**{k: c.to(dtype) for (k, dtype), c in zip(SMALL.items(), table)})
-        everyone.rewards = {k: c.float() for k, c in zip(rewards, table[len(SMALL) :])}
+        flat, width = small_columns(mine, rewards), len(SMALL) + len(rewards)
+        tables = exchange([flat for _ in ranks], [n * width for n in counts], group)
+        small = torch.cat(tables).view(-1, width)  # (rows of all ranks, small columns)
+        source = torch.repeat_interleave(torch.tensor(ranks), torch.tensor(counts))  # who holds it
+        place = torch.cat([torch.arange(n) for n in counts])  # the row's number there
+        order = sorted(range(len(small)), key=lambda i: small[i, :2].tolist())
+        order = torch.tensor(order, dtype=torch.long)
+        small, source, place = small[order].T, source[order], place[order]
+        everyone = Rollouts(**{k: c.to(dtype) for (k, dtype), c in zip(SMALL.items(), small)})
+        everyone.rewards = {k: c.float() for k, c in zip(rewards, small[len(SMALL) :])}
 
-        counted = everyone.weight.nonzero().flatten()  # rows of weight 0 are not trained
-        plan = pack(everyone.length[counted].tolist(), world.num_trainers, tokens_per_microbatch)
-        plan = [[[int(counted[i]) for i in micro] for micro in trainer] for trainer in plan]
-        share = {
-            r: torch.tensor(sorted(sum(plan[t], [])), dtype=torch.long)
-            for t, r in enumerate(world.trainer_ranks)
-        }
-
-        nothing = torch.empty(0, dtype=torch.int32)
-        parts = [nothing] * size
-        for r, rows in share.items():
-            here = rows[source[rows] == me]
-            parts[r] = to_cells(mine, place[here]) if len(here) else nothing
-        rows = share.get(me, torch.empty(0, dtype=torch.long))
+        plan = plan_batch(everyone, world.num_trainers, tokens_per_microbatch, minibatches)
+        share = [torch.empty(0, dtype=torch.long) for _ in ranks]  # rows that each rank trains
+        for rank, own in zip(world.trainer_ranks, plan):
+            share[rank] = torch.tensor(sorted(sum(sum(own, []), [])), dtype=torch.long)
+        parts = [to_cells(mine, place[rows[source[rows] == me]]) for rows in share]
+        rows = share[me]
         rows = rows[torch.argsort(source[rows], stable=True)]  # they arrive rank by rank
-        sizes = [
-            int(everyone.length[rows[source[rows] == r]].sum()) * len(CELLS) for r in range(size)
-        ]
+        sizes = [int(everyone.length[rows[source[rows] == r]].sum()) * len(CELLS) for r in ranks]
         cells = torch.cat(exchange(parts, sizes, group))
         out = everyone.take(rows.tolist())
         if len(rows):
             from_cells(cells, out)
-            number = {int(r): i for i, r in enumerate(rows)}
-            out.microbatches = [[number[r] for r in micro] for micro in plan[world.trainer_index]]
-        elif world.trains:
-            out.microbatches = [[] for _ in plan[0]]
+        if world.trains:
+            here = {int(row): i for i, row in enumerate(rows)}
+            own = plan[world.trainer_index]
+            out.plan = [[[here[row] for row in micro] for micro in mini] for mini in own]
         out.all, out.infos, out.stop = everyone, infos, any(stops)
         return out
+
+
+def pack_info(mine: Rollouts, world) -> torch.Tensor:
+    """What a rank has to tell besides its rows, as bytes: its clock, spans, samples, notes."""
+    for sample in mine.info.get("samples", []):  # its mean over the sampled tokens
+        row = sample["row"]
+        sample["advantage"] = float(mine.advantage[row].sum() / max(int(mine.sampled[row]), 1))
+    told = {"rank": world.rank, "clock": world.clock, "spans": world.spans}
+    told |= {"rewards": list(mine.rewards), **mine.info}
+    world.clock, world.spans = {}, []
+    return torch.frombuffer(bytearray(json.dumps(told, default=str).encode()), dtype=torch.uint8)
+
+
+def small_columns(mine: Rollouts, rewards: list[str]) -> torch.Tensor:
+    """The (N,) columns and each function's rewards, flat, as float64: exact for an index up to step
+    2^21.
+    """
+    if not len(mine):
+        return torch.empty(0, dtype=torch.float64)
+    columns = [getattr(mine, k) for k in SMALL] + [mine.rewards[k] for k in rewards]
+    return torch.stack([c.double() for c in columns], 1).flatten()
+
+
+def plan_batch(table: Rollouts, num_trainers: int, budget: int, minibatches: int) -> list:
+    """plan[trainer][mini-batch][micro-batch] = row numbers, from the small columns. Writes the
+    column `minibatch`: whole groups, in the order of their slots. Rows of weight 0 are not trained.
+    """
+    groups, group = torch.unique(table.index, return_inverse=True)
+    table.minibatch = group * minibatches // max(len(groups), 1)  # (N,)
+    plan = [[] for _ in range(num_trainers)]
+    for k in range(minibatches):
+        rows = ((table.minibatch == k) & (table.weight > 0)).nonzero().flatten().tolist()
+        packed = pack([int(table.length[row]) for row in rows], num_trainers, budget)
+        for trainer, micro in zip(plan, packed):
+            trainer.append([[rows[i] for i in numbers] for numbers in micro])
+    return plan

@@ -31,11 +31,15 @@ def learning_rate(step: int, cfg) -> float:
 class Trainer:
     """Policy and optimizer, sharded over the trainer ranks; empty on ranks that only generate."""
 
-    def __init__(self, cfg, world, tokenizer=None):
+    def __init__(self, cfg, world, tokenizer=None, frozen: dict[str, str] | None = None):
+        """`frozen`: column -> model that writes it in `score`, without being trained."""
         self.cfg, self.world, self.tokenizer, self.version = cfg, world, tokenizer, 0
         if not world.trains:
             return
         self.policy = build_policy(cfg, world)
+        self.frozen = {
+            column: build_policy(cfg, world, path) for column, path in (frozen or {}).items()
+        }
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(),
             lr=cfg.lr,
@@ -44,42 +48,75 @@ class Trainer:
             fused=True,
         )
 
-    def forward(self, rows: Rollouts):
-        """Log-probs and entropy (B, T) of the sampled tokens; 0 elsewhere."""
-        return self.policy(rows.tokens, rows.length, rows.mask)
-
-    def microbatches(self, rollouts: Rollouts):
-        """This rank's rows by the plan. Each rank yields equally often, for FSDP's collectives:
-        where the plan has nothing for it, a row that counts for nothing.
+    def microbatches(self, rollouts: Rollouts, plan: list[list[int]]):
+        """(row numbers, rows on the device) by the plan. Each rank yields equally often, for FSDP's
+        collectives: where the plan has nothing for it, a row that counts for nothing.
         """
-        for rows in rollouts.microbatches:
-            yield rollouts.take(rows, self.world.device) if rows else nothing(self.world.device)
+        for numbers in plan:
+            device = self.world.device
+            yield numbers, rollouts.take(numbers, device) if numbers else nothing(device)
 
-    def step(self, rollouts: Rollouts, loss_fn, divisor: float | None = None) -> dict[str, float]:
-        """One optimizer step on the gathered batch. Returns metrics, equal on every trainer.
+    def score(self, rollouts: Rollouts) -> Rollouts:
+        """Add the log-probs that the frozen models give to the sampled tokens, and those of the
+        policy before the updates where the loss asks for them. Collective over trainers.
+        """
+        cfg = self.cfg
+        if self.world.trains:
+            with self.world.span("score"):
+                for column, model in self.frozen.items():
+                    setattr(rollouts, column, self.logprobs(rollouts, model))
+                several = cfg.minibatches * cfg.epochs_per_batch > 1
+                if cfg.old_policy == "trainer" and several:
+                    rollouts.old_logprobs = self.logprobs(rollouts, self.policy)
+        return rollouts
 
-        `loss_fn(logprobs, rows, cfg)` returns sums; `divisor` is the one number they are divided
-        by, taken from the whole batch (default: its sampled tokens). Metrics take the same road and
-        are means per sampled token.
+    @torch.no_grad()
+    def logprobs(self, rollouts: Rollouts, policy) -> torch.Tensor | None:
+        """(N, T) log-probs of this rank's sampled tokens, 0 elsewhere; None without rows."""
+        out = None
+        for numbers, rows in self.microbatches(rollouts, sum(rollouts.plan, [])):
+            values = policy(rows.tokens, rows.length, rows.mask)[0].cpu()
+            if numbers:
+                out = values.new_zeros(rollouts.tokens.shape) if out is None else out
+                out[numbers, : values.shape[1]] = values
+        policy.reshard()  # after a forward FSDP2 leaves the root gathered for a backward
+        return out
+
+    def step(self, rollouts: Rollouts, loss_fn, divisor=None) -> dict[str, float]:
+        """The optimizer steps of a gathered batch: one for each of its mini-batches, times
+        `epochs_per_batch`. Returns metrics, equal on every trainer.
+
+        `loss_fn(logprobs, rows, cfg)` returns sums; `divisor(table, cfg)` is the number they are
+        divided by, from the small columns of the whole mini-batch (default: its sampled tokens).
+        Metrics take the same road and are means per sampled token.
         """
         if not self.world.trains:
             return {}
         with self.world.span("train"):
-            tokens = float((rollouts.all.sampled * rollouts.all.weight).sum())
-            cfg, sums, divisor = self.cfg, {}, divisor or tokens
-            for rows in self.microbatches(rollouts):
-                logprobs, entropy = self.forward(rows)
-                loss, parts = loss_fn(logprobs, rows, cfg)
-                (loss / divisor).backward()
-                parts |= {"loss": loss, "entropy": (entropy * rows.weight[:, None]).sum()}
-                parts["tokens"] = (rows.mask * rows.weight[:, None]).sum()
-                for name, value in parts.items():
-                    value = value.detach().double()
-                    add = torch.maximum if name.endswith("_max") else torch.add
-                    sums[name] = add(sums[name], value) if name in sums else value
+            cfg, sums, norms, divisor = self.cfg, {}, [], divisor or sampled_tokens
+            epochs = getattr(cfg, "epochs_per_batch", 1)
+            for mini, plan in list(enumerate(rollouts.plan)) * epochs:
+                table = rollouts.all.take((rollouts.all.minibatch == mini).nonzero().flatten())
+                count = divisor(table, cfg)
+                for _, rows in self.microbatches(rollouts, plan):
+                    logprobs, entropy = self.policy(rows.tokens, rows.length, rows.mask)
+                    loss, parts = loss_fn(logprobs, rows, cfg)
+                    (loss / count).backward()
+                    parts |= {"entropy": (entropy * rows.weight[:, None]).sum()}
+                    parts |= {"tokens": (rows.mask * rows.weight[:, None]).sum()}
+                    parts |= {"loss_sum": loss / count}
+                    for name, value in parts.items():
+                        value = value.detach().double()
+                        add = torch.maximum if name.endswith("_max") else torch.add
+                        sums[name] = add(sums[name], value) if name in sums else value
+                # Without a token that counts nothing moves: not by momentum either.
+                norms.append(self.update() if sampled_tokens(table) else self.no_update())
+            self.version += 1
             metrics = self.reduce(sums)
-            metrics["loss"] *= metrics["tokens"] / divisor  # the loss has a divisor of its own
-            metrics["grad_norm"] = self.update()
+            metrics["tokens"] /= epochs
+            metrics["loss"] = metrics.pop("loss_sum") / len(norms)
+            metrics["grad_norm"] = sum(norms) / len(norms)
+            tokens = sampled_tokens(rollouts.all)
             assert metrics["tokens"] == tokens, (metrics["tokens"], tokens)  # each exactly once
             return metrics
 
@@ -87,22 +124,29 @@ class Trainer:
     def evaluate(self, rollouts: Rollouts, loss_fn) -> float:
         """Mean loss per sampled token of a gathered table. Collective over trainers."""
         total = torch.zeros((), device=self.world.device, dtype=torch.float64)
-        for rows in self.microbatches(rollouts):
-            total += loss_fn(self.forward(rows)[0], rows, self.cfg)[0]
-        self.policy.reshard()  # after a forward FSDP2 leaves the root gathered for a backward
+        for _, rows in self.microbatches(rollouts, sum(rollouts.plan, [])):
+            logprobs, _ = self.policy(rows.tokens, rows.length, rows.mask)
+            total += loss_fn(logprobs, rows, self.cfg)[0]
+        self.policy.reshard()
         dist.all_reduce(total, group=self.world.trainers)
-        return float(total) / float((rollouts.all.sampled * rollouts.all.weight).sum())
+        return float(total) / sampled_tokens(rollouts.all)
 
     def reduce(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-        """This rank's sums -> means per sampled token (names in _max: maxima) of all trainers."""
-        values = torch.stack(list(sums.values())).to(self.world.device)
-        is_max = torch.tensor([name.endswith("_max") for name in sums], device=values.device)
+        """This rank's sums -> means per sampled token over all trainers. Names in `_max` are
+        maxima, in `_sum` and `_histogram` sums.
+        """
+        values = torch.cat([v.flatten() for v in sums.values()]).to(self.world.device)
         total, top = values.clone(), values.clone()
         dist.all_reduce(total, group=self.world.trainers)
         dist.all_reduce(top, dist.ReduceOp.MAX, group=self.world.trainers)
-        out = dict(zip(sums, torch.where(is_max, top, total).tolist()))
+        sizes = [v.numel() for v in sums.values()]
+        out = {}
+        for name, sum_, max_ in zip(sums, total.cpu().split(sizes), top.cpu().split(sizes)):
+            value = (max_ if name.endswith("_max") else sum_).tolist()
+            out[name] = value if name.endswith("_histogram") else value[0]
         tokens = max(out["tokens"], 1.0)
-        return {k: v if k == "tokens" or k.endswith("_max") else v / tokens for k, v in out.items()}
+        whole = ("tokens", "_max", "_sum", "_histogram")
+        return {k: v if k.endswith(whole) else v / tokens for k, v in out.items()}
 
     def update(self) -> float:
         """Clip to `max_grad_norm`, step, forget the gradient. Returns the norm before the clip."""
@@ -115,8 +159,11 @@ class Trainer:
             group["lr"] = learning_rate(self.version, self.cfg)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.version += 1
         return float(norm)
+
+    def no_update(self) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        return 0.0
 
     # ------------------------------------------------------------ checkpoints
 
@@ -154,6 +201,11 @@ class Trainer:
         self.version = json.loads((folder / "about.json").read_text())["step"]
 
 
+def sampled_tokens(table: Rollouts, cfg=None) -> float:
+    """Tokens that count, from the small columns."""
+    return float((table.sampled * table.weight).sum())
+
+
 def nothing(device) -> Rollouts:
     """A row that counts for nothing: what a rank runs when its part of the plan is empty."""
     zero, one = torch.zeros(1, 2, device=device), torch.ones(1, 2, dtype=torch.bool, device=device)
@@ -161,9 +213,11 @@ def nothing(device) -> Rollouts:
         index=zero[:, 0].long(),
         length=torch.full((1,), 2, device=device),
         weight=zero[:, 0],
+        share=zero[:, 0],
         tokens=zero.long(),
         mask=one,
         logprobs=zero,
         version=zero.int(),
         advantage=zero,
+        ref_logprobs=zero,
     )
