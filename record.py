@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import sys
+import threading
 import time
 
 import yaml
@@ -30,20 +31,35 @@ class Run:
         self.rows: list[dict] = []  # the lines of metrics.jsonl that the end table needs
         self.evals: dict[int, tuple[float, float]] = {}  # version -> mean and standard error
         self.partial: dict[int, list[float]] = {}  # version -> rows, sum, squares so far
+        self.tokens = 0  # of this session: a resumed run's earlier lines have other seconds
+        self.finished, self.finishing = False, threading.Lock()  # a signal's thread may finish too
         self.screen = os.fdopen(os.dup(2), "w", buffering=1)
-        fresh = cfg.resume == "no" and world.restart == "0"  # a restart goes on in its folder
-        if world.writes and fresh and (self.folder / "config.yaml").exists():
-            kept = (pathlib.Path(f"{self.folder}.{k}") for k in itertools.count(1))
-            kept = next(path for path in kept if not path.exists())
-            self.folder.rename(kept)
-            self.say(f"{self.folder} held an earlier run: it is now {kept}")
-        world.agree(None)
+        self.checkpoint = world.agree(self.choose_checkpoint() if world.writes else None)
         (self.folder / "log").mkdir(parents=True, exist_ok=True)
         self.log_file = self.folder / "log" / f"rank{world.rank}.log"
         log = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)  # torch's, vLLM's and our own chatter, C++ included
         if world.writes:
             self.write_config()
+
+    def choose_checkpoint(self) -> str | None:
+        """Where this run starts from. An earlier run that it does not go on is set aside.
+
+        A restart by torchrun goes on in its folder, before its first checkpoint from the given one.
+        """
+        given = None if self.cfg.resume in ("no", "auto") else self.cfg.resume
+        restarted, newest = self.world.restart != "0", latest_checkpoint(self.folder)
+        if newest and (restarted or self.cfg.resume == "auto"):
+            return newest
+        if self.cfg.resume == "auto":
+            self.say(f"resume=auto: no checkpoint in {self.folder}, starting at step 0")
+        inside = given and self.folder.resolve() in pathlib.Path(given).resolve().parents
+        if not restarted and not inside and (self.folder / "config.yaml").exists():
+            kept = (pathlib.Path(f"{self.folder}.{k}") for k in itertools.count(1))
+            kept = next(path for path in kept if not path.exists())
+            self.folder.rename(kept)
+            self.say(f"{self.folder} held an earlier run: it is now {kept}")
+        return given
 
     def say(self, text: str):
         """A line for the person at the screen."""
@@ -71,7 +87,7 @@ class Run:
             path = self.folder / name
             if not path.exists():
                 continue
-            kept = [x for x in map(json.loads, path.read_text().splitlines()) if x["step"] < start]
+            kept = [x for x in report.read_lines(path) if x["step"] < start]
             path.write_text("".join(json.dumps(x) + "\n" for x in kept))
             if name == "metrics.jsonl":
                 evals = [x for x in kept if "eval_reward" in x]
@@ -79,17 +95,14 @@ class Run:
                 self.rows = [x for x in kept if "eval_reward" not in x]
 
     def resume(self, trainer) -> int:
-        """Load the checkpoint that is asked for, if any; returns the first step to do. Collective.
+        """Load the checkpoint that the run starts from, if any; returns the first step to do.
 
-        A restart by torchrun asks for the newest one.
+        Collective.
         """
-        wanted = self.cfg.resume if self.world.restart == "0" else "auto"
-        newest = latest_checkpoint(self.folder)
-        folder = self.world.agree({"no": None, "auto": newest}.get(wanted, wanted))
-        if folder:
-            trainer.load(pathlib.Path(folder))
+        if self.checkpoint:
+            trainer.load(pathlib.Path(self.checkpoint))
         start = self.world.agree(trainer.version)
-        if wanted != "no" and self.world.writes:
+        if self.world.writes and (self.checkpoint or self.world.restart != "0"):
             self.truncate(start)
         self.world.phase = "the loop"
         return start
@@ -99,14 +112,16 @@ class Run:
         if self.cfg.save_every and step % self.cfg.save_every == 0:
             trainer.save(self.folder / "checkpoints")
 
-    def stopped(self, trainer, step: int):
+    def stopped(self, trainer, step: int, rollouts):
         """The run was told to stop: everything that was learned is saved. Collective."""
+        self.log(step, {}, rollouts)  # evaluations that ended meanwhile
         with self.world.span("save"):
             if trainer.version > 0:
                 trainer.save(self.folder / "checkpoints")
             self.world.agree(None)
         if self.world.writes:
-            self.say(f"\nstopped before step {step}; --resume=auto goes on from there")
+            resume = "--resume=auto goes on from there" if trainer.version else "nothing to save"
+            self.say(f"\nstopped before step {step}; {resume}")
 
     def times(self, infos: list[dict]) -> dict[str, float]:
         """Seconds since the last step, engines and trainers, at work and waiting."""
@@ -144,6 +159,7 @@ class Run:
             rate = {"tokens_per_second": metrics["tokens"] / times["step_s"]}
             line = {"step": step, **metrics, **times, **rate}
             self.rows.append(line)
+            self.tokens += metrics["tokens"]
             self.append("metrics.jsonl", line)
             self.advance(step, line)
 
@@ -165,7 +181,8 @@ class Run:
             self.bar = tqdm(total=self.cfg.steps, initial=step, unit="step", **where)
         shown = {k: f"{metrics[k]:.3f}" for k in ("reward", "loss") if k in metrics}
         if self.evals:
-            shown["accuracy"] = f"{self.evals[max(self.evals)][0]:.3f}"
+            name = "accuracy" if report.judged_by(metrics) == "accuracy" else "eval_reward"
+            shown[name] = f"{self.evals[max(self.evals)][0]:.3f}"
         shown["tok/s"] = f"{metrics['tokens_per_second']:.0f}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step + 1 - self.bar.n)
@@ -182,9 +199,13 @@ class Run:
             f.writelines(json.dumps({**e, "pid": rank, "tid": 0}) + ",\n" for e in events)
 
     def finish(self):
-        """The bar's end, the curves, and the table that a person reads."""
-        if not self.world.writes or not self.rows:
-            return
+        """The bar's end, the curves, and the table that a person reads: once, whoever asks."""
+        with self.finishing:
+            if self.world.writes and self.rows and not self.finished:
+                self.finished = True
+                self.tell()
+
+    def tell(self):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -196,10 +217,10 @@ class Run:
         if self.evals:
             ends = self.evals[min(self.evals)], self.evals[max(self.evals)]
             before, after = (f"{mean:.3f} +- {error:.3f}" for mean, error in ends)
-            lines.append(("held-out accuracy", f"{before} before, {after} after"))
+            name = f"held-out {report.judged_by(self.rows[-1])}"
+            lines.append((name, f"{before} before, {after} after"))
         seconds = time.time() - self.started
-        tokens = sum(r["tokens"] for r in self.rows)
-        speed = f"{tokens / seconds:,.0f} tokens per second"
+        speed = f"{self.tokens / seconds:,.0f} tokens per second"
         lines.append(("time", f"{seconds / 60:.1f} minutes, {speed}"))
         lines.append(("results", f"{self.folder}/ (curves.png, metrics.jsonl, samples.jsonl)"))
         width = max(len(name) for name, _ in lines)

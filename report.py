@@ -8,21 +8,34 @@ import pathlib
 import sys
 
 
+def read_lines(path: pathlib.Path) -> list[dict]:
+    """The objects of a .jsonl file. A last line without its end was torn by a kill: left out."""
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def judged_by(row: dict) -> str:
+    """What the held-out reward of a run is, by one of its rows: several functions have a sum."""
+    return "reward" if any(name.startswith("reward/") for name in row) else "accuracy"
+
+
 def curves(folder: pathlib.Path):
-    """Draw reward (or loss) per step and held-out accuracy with its standard error: curves.png."""
+    """Draw reward (or loss) per step, and held-out results with their error: curves.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(folder / "metrics.jsonl")
     rows, evals = ([x for x in lines if ("eval_reward" in x) == kind] for kind in (False, True))
     key = "reward" if "reward" in rows[-1] else "loss"
     figure, axis = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
     axis.plot([r["step"] for r in rows], [r[key] for r in rows], label=f"{key} (sampled)")
     if evals:
         step, mean, error = ([e[k] for e in evals] for k in ("step", "eval_reward", "eval_stderr"))
-        axis.errorbar(step, mean, error, marker="o", capsize=2, label="held-out accuracy (greedy)")
+        axis.errorbar(
+            step, mean, error, marker="o", capsize=2, label=f"held-out {judged_by(rows[-1])}"
+        )
     if heldout := [r for r in rows if "eval_loss" in r]:
         axis.plot(
             [r["step"] for r in heldout],

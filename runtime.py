@@ -10,6 +10,7 @@ import datetime
 import difflib
 import importlib.util
 import inspect
+import operator
 import os
 import pathlib
 import re
@@ -25,7 +26,6 @@ import torch.distributed as dist
 from record import Run, is_checkpoint
 
 LONG = datetime.timedelta(hours=24)  # groups never time out by themselves: a long reply is no fault
-SHUTDOWN_SECONDS = 8  # after a signal, a rank that could not end by itself ends after this long
 
 
 class UserError(Exception):
@@ -48,9 +48,8 @@ def settings(config_class, argv: list[str]):
     """
     import jsonargparse  # 0.3 s: not paid by the ranks' other imports of this file
 
-    parser = jsonargparse.ArgumentParser(
-        prog="torchrun SCRIPT", exit_on_error=False, description=config_class.__doc__
-    )
+    how = {"exit_on_error": False, "allow_abbrev": False}
+    parser = jsonargparse.ArgumentParser("torchrun SCRIPT", description=config_class.__doc__, **how)
     parser.add_argument("--config", action="config", help="YAML file with settings")
     meaning, names = setting_help(config_class), [f.name for f in dataclasses.fields(config_class)]
     for f in dataclasses.fields(config_class):
@@ -68,29 +67,52 @@ def settings(config_class, argv: list[str]):
             hint = f"; did you mean {near[0]!r}?" if near else "; --help lists them all"
             raise UserError(f"there is no setting {unknown[1]!r}{hint}") from None
         raise UserError(text) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config: this file is not UTF-8 text ({error})") from None
     return config_class(**{name: values[name] for name in names})
 
 
-def at_least(cfg, least: dict[str, float]):
-    """UserError for the first setting that is below its least value."""
-    for name, value in least.items():
-        if getattr(cfg, name) < value:
-            raise UserError(f"{name}={getattr(cfg, name)}: must be at least {value}")
+LIMITS = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
+
+
+def limits(cfg, **tables: dict[str, float]):
+    """`limits(cfg, at_least={"steps": 0})`: UserError for the first setting beyond its limit."""
+    for kind, table in tables.items():
+        for name, limit in table.items():
+            if not LIMITS[kind](getattr(cfg, name), limit):  # NaN is beyond every limit
+                must = f"must be {kind.replace('_', ' ')} {limit}"
+                raise UserError(f"{name}={getattr(cfg, name)}: {must}")
 
 
 def load_symbol(place: str, what: str):
-    """`my_file.py:name` -> the object called `name` in that file."""
+    """`my_file.py:name` -> the object called `name` in that file, which is run once."""
     file, _, name = place.partition(":")
-    if not pathlib.Path(file).exists():
+    path = pathlib.Path(file).resolve()
+    if not path.exists():
         raise UserError(f"{what}={place}: there is no file {file}")
-    spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not name or not hasattr(module, name):
+    key = "user_file_" + re.sub(r"\W", "_", str(path))  # in sys.modules: pickle looks there
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, path)
+        sys.modules[key] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[key])
+        except Exception as error:
+            del sys.modules[key]
+            frames = traceback.extract_tb(error.__traceback__)
+            here = [frame.lineno for frame in frames if frame.filename == str(path)]
+            line = here[-1] if here else getattr(error, "lineno", "?")  # no frame: a SyntaxError
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(f"{what}={place}: {file}, line {line}: {reason}") from error
+    if not name or not hasattr(sys.modules[key], name):
         raise UserError(
             f"{what}={place}: write it as {file}:NAME with a NAME that the file defines"
         )
-    return getattr(module, name)
+    return getattr(sys.modules[key], name)
 
 
 # ---------------------------------------------------------------- ranks
@@ -204,8 +226,10 @@ class World:
         return self.store.add(f"nanoforge/{self.restart}/{name}", 1) - 1
 
     def has_failed(self) -> bool:
-        """Whether some rank has said that it failed."""
-        return self.store.check([f"nanoforge/{self.restart}/failures"])
+        """Whether some rank has said that it failed; False too if the store is gone."""
+        with contextlib.suppress(Exception):
+            return self.store.check([f"nanoforge/{self.restart}/failures"])
+        return False
 
     def spent(self, name: str, seconds: float):
         self.clock[name] = self.clock.get(name, 0.0) + seconds
@@ -234,8 +258,8 @@ def watch_signals(world: World, run: Run):
     """SIGTERM and Ctrl-C set `world.stopping`: the loop ends between two steps, with a checkpoint.
 
     A thread reads the signal from a pipe, because a main thread that is inside a collective never
-    comes back to Python. If the loop has not ended after SHUTDOWN_SECONDS (its peer may be gone),
-    the thread ends the process.
+    comes back to Python. If the loop has not ended after `stop_seconds` (a long step, or its peer
+    is gone), the thread ends the process; a checkpoint or an export that has begun is awaited.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -246,8 +270,9 @@ def watch_signals(world: World, run: Run):
     def watch():
         os.read(read_end, 1)
         world.stopping = True
-        end = time.monotonic() + SHUTDOWN_SECONDS
-        while not world.has_failed() and (time.monotonic() < end or world.phase == "save"):
+        end = time.monotonic() + run.cfg.stop_seconds
+        writing = ("save", "export")
+        while not world.has_failed() and (time.monotonic() < end or world.phase in writing):
             time.sleep(0.1)
         with contextlib.suppress(Exception):
             run.finish()
@@ -293,17 +318,19 @@ def launch(main, config_class, check):
 def say_what_failed(error: BaseException, world: World, run: Run | None):
     """One sentence on the screen, from the first rank that failed; each traceback in its log."""
     traceback.print_exc()
+    others = 0  # failed before
     with contextlib.suppress(Exception):
-        if world.count("failures"):
-            return  # a consequence of the first failure, such as a lost connection
+        others = world.count("failures")
+    with contextlib.suppress(Exception):
+        run.finish()
+    if others:
+        return  # a consequence of the first failure, such as a lost connection
     role = "generator" if world.generates and not world.trains else "trainer"
     what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     where = f" (log: {run.log_file})" if run else ""
     what = what.splitlines()[0]
     line = f"nanoforge: rank {world.rank} ({role}) stopped in {world.phase}: {what}{where}"
     if run:
-        with contextlib.suppress(Exception):
-            run.finish()
         run.say(line)
         run.screen.flush()
     else:

@@ -15,7 +15,8 @@ import weights
 from data import Examples
 from model import check_config, has_weights
 from rollouts import gather
-from runtime import at_least, launch
+from runtime import UserError, launch, limits
+from tasks import check_task
 from trainer import Trainer
 
 
@@ -52,15 +53,24 @@ class Config:
     eval_every: int = 100  # steps between evaluations of the held-out loss; 0: never
     eval_size: int = 256  # held-out examples
     save_every: int = 0  # steps between checkpoints; 0: only when the run is stopped
+    stop_seconds: float = 8.0  # a step longer than this is cut short by Ctrl-C, unsaved
     resume: str = "no"  # no, auto (newest checkpoint of run_dir), or a checkpoint's folder
 
 
 def check(cfg: Config, world):
     """Settings that cannot work together: one sentence, before anything is loaded."""
     least = {"rows_per_step": 1, "max_tokens": 2, "tokens_per_microbatch": 1, "head_chunk": 0}
-    at_least(cfg, {**least, "lr": 0, "steps": 0, "eval_every": 0, "eval_size": 0, "save_every": 0})
+    least |= {"steps": 0, "eval_every": 0, "eval_size": 0, "save_every": 0, "stop_seconds": 0}
+    least |= {"lr": 0, "warmup_steps": 0, "lr_min_ratio": 0, "beta1": 0, "beta2": 0}
+    least |= {"weight_decay": 0, "max_grad_norm": 0}
+    most, below = {"lr_min_ratio": 1}, {"beta1": 1, "beta2": 1}
+    limits(cfg, at_least=least, at_most=most, below=below)
+    if not cfg.data:
+        check_task(cfg)
     cfg.model = cfg.model.removeprefix("hf://")
-    check_config(cfg.model)
+    positions = getattr(check_config(cfg.model), "max_position_embeddings", cfg.max_tokens)
+    if cfg.max_tokens > positions:
+        raise UserError(f"max_tokens={cfg.max_tokens}, but {cfg.model} has {positions} positions")
 
 
 def sft_loss(logprobs, rows, cfg):
@@ -84,7 +94,7 @@ def main(cfg: Config, world, run):
         rollouts = data.batch(step, world)
         rollouts = gather(rollouts, world, cfg.tokens_per_microbatch)  # each trainer its share
         if rollouts.stop:
-            return run.stopped(trainer, step)
+            return run.stopped(trainer, step, rollouts)
         metrics = trainer.step(rollouts, sft_loss)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and len(data.heldout):
             metrics["eval_loss"] = trainer.evaluate(heldout, sft_loss)

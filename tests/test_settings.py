@@ -1,11 +1,13 @@
 """Every wrong setting: one sentence, before anything is loaded."""
 
+import pickle
+
 import pytest
 from conftest import ROOT, run
 
 import grpo
 import sft
-from runtime import UserError, World, settings
+from runtime import UserError, World, load_symbol, settings
 
 MODEL = f"--model={ROOT}/assets/calculator"
 
@@ -37,6 +39,7 @@ def start(*argv, script=grpo):
     ("argv", "sentence"),
     [
         (["--stpes=3"], "there is no setting 'stpes'; did you mean 'steps'"),
+        (["--step=3"], "there is no setting 'step'; did you mean 'steps'"),  # no abbreviations
         (["--steps=many"], "steps"),
         (["--lr=fast"], "lr"),
         (["--loss=gpo"], "loss"),
@@ -46,7 +49,23 @@ def start(*argv, script=grpo):
         (["--temperature=0"], "temperature=0.0"),
         (["--group_size=1"], "group_size=1"),
         (["--prompts_per_step=0"], "prompts_per_step=0"),
-        (["--steps=-1"], "steps=-1"),
+        (["--steps=-1"], "steps=-1: must be at least 0"),
+        (["--lr=.nan"], "lr=nan: must be at least 0"),
+        (["--beta1=1"], "beta1=1.0: must be below 1"),
+        (["--beta2=-0.1"], "beta2=-0.1: must be at least 0"),
+        (["--clip_low=-0.5"], "clip_low=-0.5"),
+        (["--clip_high=-0.5"], "clip_high=-0.5"),
+        (["--weight_decay=-1"], "weight_decay=-1.0"),
+        (["--max_grad_norm=-1"], "max_grad_norm=-1.0"),
+        (["--warmup_steps=-1"], "warmup_steps=-1"),
+        (["--log_samples=-1"], "log_samples=-1"),
+        (["--lr_min_ratio=2"], "lr_min_ratio=2.0: must be at most 1"),
+        (["--gpu_memory_utilization=0"], "gpu_memory_utilization=0.0: must be above 0"),
+        (["--gpu_memory_utilization=85"], "gpu_memory_utilization=85.0: must be at most 1"),
+        (["--task_seconds=0"], "task_seconds=0.0: must be above 0"),
+        (["--stop_seconds=-1"], "stop_seconds=-1.0"),
+        (["--task=calculater"], "task=calculater"),
+        (["--task=missing.py:Mine"], "there is no file missing.py"),
         (["--num_generators=3"], "num_generators=3 leaves no rank to train"),
         (
             ["--num_generators=2", "--tensor_parallel_size=4"],
@@ -71,6 +90,54 @@ def test_unknown_name_in_yaml(ranks, tmp_path):
     (tmp_path / "a.yaml").write_text("stpes: 3\n")
     with pytest.raises(UserError, match="there is no setting 'stpes'; did you mean 'steps'"):
         start(f"--config={tmp_path}/a.yaml")
+
+
+def test_yaml_in_another_encoding(ranks, tmp_path):
+    ranks(3)
+    (tmp_path / "a.yaml").write_bytes("run_dir: é\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        start(f"--config={tmp_path}/a.yaml")
+
+
+def test_wrong_settings_of_sft(ranks):
+    ranks(2)
+    with pytest.raises(UserError, match="max_tokens=257, but .* has 256 positions"):
+        start("--max_tokens=257", script=sft)
+    with pytest.raises(UserError, match="beta2=1.0: must be below 1"):
+        start("--beta2=1", script=sft)
+    with pytest.raises(UserError, match="task=calculater"):
+        start("--task=calculater", script=sft)
+    start("--task=calculater", "--data=mine.jsonl", script=sft)  # the task has no part in it
+
+
+def test_a_users_file_is_run_once_and_its_classes_pickle(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("class A: pass\nclass B: pass\n")
+    first, again = (load_symbol(f"{file}:A", "task") for _ in range(2))
+    assert first is again
+    assert isinstance(pickle.loads(pickle.dumps(first())), first)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine.py").write_text("A = 3\n")  # a file of the same name is another file
+    assert load_symbol(f"{tmp_path}/other/mine.py:A", "task") == 3
+    with pytest.raises(UserError, match="write it as .*mine.py:NAME"):
+        load_symbol(f"{file}:C", "loss")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("x = 1\ndef f(:\n", "line 2: SyntaxError"),
+        ("\nimport no_such_module\n", "line 2: ModuleNotFoundError: No module named"),
+        ("def f():\n    return 1 / 0\n\nf()\n", "line 2: ZeroDivisionError"),
+    ],
+)
+def test_a_users_file_that_does_not_load(tmp_path, text, sentence):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    for _ in range(2):  # a broken file is not remembered
+        with pytest.raises(UserError, match=f"loss=.*mine.py:f: .*mine.py, {sentence}") as error:
+            load_symbol(f"{file}:f", "loss")
+        assert "\n" not in str(error.value)
 
 
 def test_command_line_wins_over_yaml_wins_over_default(ranks, tmp_path):
