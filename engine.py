@@ -101,8 +101,9 @@ class Engine:
         self.core.add_request(name, {"prompt_token_ids": tokens, "cache_salt": salt}, params)
 
     def step(self) -> list[tuple[str, list[int], list[float], str]]:
-        """One forward of all running rows. Returns the turns that ended: (name, tokens, log-probs,
-        "stop" or "length").
+        """One forward of all running rows.
+
+        Returns the turns that ended: (name, tokens, log-probs, "stop" or "length").
         """
         ended = [(o.request_id, o.outputs[0]) for o in self.core.step() if o.finished]
         return [

@@ -137,8 +137,10 @@ class Generator:
             self.start_group(self.batch, slot, attempt=0)
 
     def take_slot(self, batch: int) -> int | None:
-        """The next slot of a batch, None after the last. Engines take them from a counter in
-        torchrun's store, so that they finish together; `deterministic` deals them out.
+        """The next slot of a batch, None after the last.
+
+        Engines take them from a counter in torchrun's store, so that they finish together;
+        `deterministic` deals them out.
         """
         engines, taken = len(self.world.engines), self.taken.get(batch, 0)
         if self.cfg.deterministic or engines == 1:
@@ -261,8 +263,10 @@ class Generator:
     # ------------------------------------------------------------ the engine's loop
 
     def run_until(self, done):
-        """Step the engine until `done()`. The ranks of an engine act on one message a step, from
-        the first of them: whether to stop, and what to admit.
+        """Step the engine until `done()`.
+
+        The ranks of an engine act on one message a step, from the first of them: whether to stop,
+        and what to admit.
         """
         while True:
             message = None
@@ -322,8 +326,10 @@ class Generator:
         return told
 
     def finish_evaluation(self):
-        """The next weights wait for the rows that judge the present ones. An evaluation is of one
-        version; its standard error is over problems, whose samples are averaged first.
+        """The next weights wait for the rows that judge the present ones.
+
+        An evaluation is of one version; its standard error is over problems, whose samples are
+        averaged first.
         """
         if not self.world.generates:
             return
