@@ -1,9 +1,14 @@
 """The plan of the house: who imports whom, and how long a file may be."""
 
 import ast
+import dataclasses
 
 import pytest
 from conftest import ROOT
+
+import grpo
+import sft
+from runtime import setting_help
 
 CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "report")
 MAY_IMPORT = {
@@ -45,14 +50,7 @@ def test_only_runtime_reads_ranks():
 
 
 def test_every_setting_has_a_meaning():
-    import dataclasses
-
-    import grpo
-    import sft
-    from runtime import setting_help
-
     for script in (grpo, sft):
-        missing = {f.name for f in dataclasses.fields(script.Config)} - setting_help(
-            script.Config
-        ).keys()
+        names = {f.name for f in dataclasses.fields(script.Config)}
+        missing = names - setting_help(script.Config).keys()
         assert not missing, f"{script.__name__}.py: no comment behind {missing}"

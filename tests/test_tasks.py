@@ -95,7 +95,16 @@ def test_countdown():
     problem = dict(numbers=[3, 4, 5])
     assert task.correct(say("so <answer>3*4+5</answer>", 17, **problem)) == 1
     assert task.correct(say("3*4+5", 17, **problem)) == 1
-    for text in ("3*4+4+1", "17", "3*4+5+0", "<answer></answer>", "3*(4", "3**4", "9" * 5000):
+    for text in (
+        "3*4+4+1",
+        "17",
+        "3*4+5+0",
+        "4+4+4+5",
+        "<answer></answer>",
+        "3*(4",
+        "3**4",
+        "9" * 5000,
+    ):
         assert task.correct(say(text, 17, **problem)) == 0, text[:40]
     assert task.correct(say("3_4+5", 39, **problem)) == 0  # 34 is none of the numbers
 
@@ -251,10 +260,10 @@ def pool_of_one():
         time.sleep(0.3)
         return 1.0
 
-    settings = cfg(deterministic=True, task_seconds=0.5, dtype="auto")
+    settings = cfg(deterministic=True, task_seconds=0.5, group_size=5, max_refills=0, dtype="auto")
     task = SimpleNamespace(rewards=[slow])
     made = Generator(settings, SimpleNamespace(generates=False, cuda=False), task, None)
-    made.jobs, made.open, made.complete = {}, {3: 5}, {}
+    made.jobs, made.open, made.groups, made.complete = {}, {3: 5}, {}, {}
     with concurrent.futures.ThreadPoolExecutor(1) as made.pool:
         yield made
 
