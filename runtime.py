@@ -260,6 +260,7 @@ def watch_signals(world: World, run: Run):
     A thread reads the signal from a pipe, because a main thread that is inside a collective never
     comes back to Python. If the loop has not ended after `stop_seconds` (a long step, or its peer
     is gone), the thread ends the process; a checkpoint or an export that has begun is awaited.
+    torchrun has a limit of its own: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30 seconds.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
