@@ -212,6 +212,7 @@ def nothing(device) -> Rollouts:
     return Rollouts(
         index=zero[:, 0].long(),
         length=torch.full((1,), 2, device=device),
+        sampled=one.sum(1),
         weight=zero[:, 0],
         share=zero[:, 0],
         tokens=zero.long(),

@@ -1,9 +1,13 @@
-"""Run by test_gradient.py under torchrun: the clipped-free gradient of one batch, under every way
-to split it.
+"""One batch, every way to split it: the clipped gradient of a step, and the weights after it.
 
-torchrun --nproc_per_node=N tests/gradient_ranks.py OUT MODEL
+    torchrun --nproc_per_node=N tests/gradient_ranks.py OUT MODEL [--full]
+
+With one rank it also leaves OUT/reference.pt (float64, one micro-batch, dense head), which the runs
+on more ranks are compared with. Writes OUT/N.json: one object per cell, with relative differences.
 """
 
+import itertools
+import json
 import os
 import pathlib
 import sys
@@ -18,22 +22,36 @@ from rollouts import Rollouts, gather
 from runtime import World
 from trainer import Trainer
 
-LENGTHS = [30, 4, 17, 9, 22, 12, 5]
+LENGTHS = [30, 4, 17, 9, 22, 12, 5, 11]
+GROUPS = [0, 0, 0, 1, 1, 2, 2, 3]
+WEIGHTLESS, UNSAMPLED = 3, 7  # a row of weight 0; a row without a sampled token
+CORRECTED = {"old_policy": "trainer", "correction": "truncate", "correction_level": "sequence"}
+VARIANTS = {
+    **{name: {"loss": name} for name in losses.LOSSES},
+    "grpo, by prompt, with KL": {"loss": "grpo", "aggregation": "prompt", "kl_coef": 0.1},
+    "cispo, corrected": {"loss": "cispo", **CORRECTED},
+    "grpo, 2 mini-batches": {"loss": "grpo", "minibatches": 2},
+    "grpo, fewer rows than ranks": {"loss": "grpo"},
+}
+BUDGETS = {"one pack": 10_000, "several": 40, "row by row": 8}
+CHUNKS = {"dense": 0, "5": 5, "7": 7, "4096": 4096}
+SAMPLE = [("one pack", "dense"), ("several", "5"), ("row by row", "7"), ("row by row", "4096")]
 
 
 def batch() -> Rollouts:
-    """Seven rows of unequal length, stale log-probs, one row of weight 0."""
+    """Eight rows of unequal length, stale log-probs, two that train nothing."""
     g = torch.Generator().manual_seed(3)
     n, t = len(LENGTHS), max(LENGTHS)
     length = torch.tensor(LENGTHS)
     real = torch.arange(t) < length[:, None]
     mask = (torch.rand(n, t, generator=g) < 0.7) & real
     mask[:, :2] = False
+    mask[UNSAMPLED] = False
     weight = torch.ones(n)
-    weight[3] = 0
+    weight[WEIGHTLESS] = 0
     return Rollouts(
-        index=torch.arange(n),
-        reply=torch.zeros(n, dtype=torch.int64),
+        index=torch.tensor(GROUPS),
+        reply=torch.arange(n),
         length=length,
         sampled=mask.sum(1),
         weight=weight,
@@ -41,46 +59,109 @@ def batch() -> Rollouts:
         reward=torch.zeros(n),
         tokens=torch.randint(3, 28, (n, t), generator=g) * real,
         mask=mask,
-        logprobs=(-2.5 + torch.randn(n, t, generator=g)) * mask,
+        logprobs=(-3.3 + 0.3 * torch.randn(n, t, generator=g)) * mask,
         version=torch.zeros(n, t, dtype=torch.int32),
         advantage=torch.randn(n, t, generator=g) * mask,
     )
 
 
-def main(out: str, model: str):
-    world = World(None)
+def locally_divided(loss, cfg, whole: float):
+    """The pitfall: each micro-batch divides by its own count."""
+
+    def wrong(logprobs, rows, cfg):
+        value, sums = loss(logprobs, rows, cfg)
+        return value * whole / losses.divisor(rows, cfg), sums
+
+    return wrong
+
+
+class Bench:
+    """A real trainer whose optimizer is SGD, put back to its first weights after each step."""
+
+    def __init__(self, world, **settings):
+        self.world, self.cfg = world, grpo.Config(**settings)
+        self.trainer = Trainer(self.cfg, world)
+        self.parameters = list(self.trainer.policy.parameters())
+        self.first = [p.detach().clone() for p in self.parameters]
+        self.trainer.optimizer = torch.optim.SGD(self.parameters, lr=0.1)
+        self.trainer.optimizer.register_step_pre_hook(lambda *_: self.keep_gradient())
+
+    def keep_gradient(self):  # clipped, as the optimizer sees it; of the last mini-batch
+        self.gradient = self.whole([p.grad for p in self.parameters])
+
+    def whole(self, tensors) -> torch.Tensor:
+        return torch.cat([t.detach().full_tensor().flatten().double() for t in tensors])
+
+    def step(self, variant: str, budget: int, chunk: int, planted: bool = False):
+        """(clipped gradient, change of the weights, metrics)"""
+        cfg = self.cfg
+        defaults = {"aggregation": "auto", "advantage": "auto", "clip_low": -1.0, "clip_high": -1.0}
+        defaults |= {"kl_coef": 0.0, "old_policy": "generator", "correction": "none"}
+        for name, value in {**defaults, "minibatches": 1, **VARIANTS[variant]}.items():
+            setattr(cfg, name, value)
+        grpo.resolve_loss(cfg)
+        self.trainer.policy.chunk = chunk
+        rows = Rollouts()
+        if self.world.leads:
+            rows = batch().take([0, 2]) if "fewer rows" in variant else batch()
+            rows.share = losses.shares(rows, cfg)
+        rows = gather(rows, self.world, budget, cfg.minibatches)
+        if len(rows):  # another policy's log-probs, for the KL
+            rows.ref_logprobs = (rows.logprobs + 0.3 * rows.tokens.sin()) * rows.mask
+        loss = losses.policy_loss(losses.LOSSES[cfg.loss])
+        if planted:
+            loss = locally_divided(loss, cfg, losses.divisor(rows.all, cfg))
+        metrics = self.trainer.step(rows, loss, losses.divisor)
+        moved = self.whole(self.parameters)
+        with torch.no_grad():
+            for p, first in zip(self.parameters, self.first):
+                p.copy_(first)
+        return self.gradient, moved, metrics
+
+
+def cells(full: bool):
+    """(dtype, checkpointing, budget's name, chunk's name)"""
+    for dtype, checkpointing in itertools.product(("float64", "float32"), (False, True)):
+        every = list(itertools.product(BUDGETS, CHUNKS))
+        for budget, chunk in every if full else SAMPLE[1:2] if checkpointing else SAMPLE:
+            yield dtype, checkpointing, budget, chunk
+
+
+def main(out: str, model: str, full: bool):
+    world, out = World(None), pathlib.Path(out)
     world.connect()
-    found = {}
-    for dtype in ("float64", "float32"):
-        for checkpointing in (False, True):
-            cfg = grpo.Config(
-                model=model, dtype=dtype, activation_checkpointing=checkpointing, clip_high=3.0
-            )
-            trainer = Trainer(cfg, world)
-
-            def keep(trainer=trainer):  # instead of the optimizer's step
-                grads = [
-                    p.grad.full_tensor().flatten().double() for p in trainer.policy.parameters()
-                ]
-                trainer.policy.zero_grad()
-                keep.grad = torch.cat(grads)
-                return float(keep.grad.norm())
-
-            trainer.update = keep
-            for budget in (10_000, 40, 8):  # one pack a rank; several; one row at a time
-                for chunk in (0, 5, 4096):
-                    trainer.policy.chunk = chunk
-                    rows = gather(batch() if world.leads else Rollouts(), world, budget)
-                    metrics = trainer.step(
-                        rows, losses.with_diagnostics(losses.grpo), losses.divisor(rows.all, cfg)
-                    )
-                    found[dtype, checkpointing, budget, chunk] = (keep.grad, metrics)
+    reference = torch.load(out / "reference.pt") if world.size > 1 else {}
+    found, bench, built = [], None, None
+    for dtype, checkpointing, budget, chunk in cells(full):
+        if built != (dtype, checkpointing):
+            built = dtype, checkpointing
+            bench = Bench(world, model=model, dtype=dtype, activation_checkpointing=checkpointing)
+        for variant in VARIANTS:
+            for planted in (False, True) if budget == "row by row" else (False,):
+                gradient, moved, metrics = bench.step(
+                    variant, BUDGETS[budget], CHUNKS[chunk], planted
+                )
+                truth = reference.setdefault(variant, (gradient, moved, metrics))
+                off = [float((a - b).norm() / b.norm()) for a, b in zip((gradient, moved), truth)]
+                same = {
+                    k: abs(metrics[k] - v) <= 1e-4 * abs(v) + 1e-5
+                    for k, v in truth[2].items()
+                    if not isinstance(v, list)
+                }
+                found.append(
+                    {"ranks": world.size, "dtype": dtype, "checkpointing": checkpointing}
+                    | {"budget": budget, "chunk": chunk, "variant": variant, "planted": planted}
+                    | {"norm": float(gradient.norm()), "gradient": off[0], "weights": off[1]}
+                    | {"metrics": [k for k, ok in same.items() if not ok]}
+                )
     if world.writes:
-        torch.save(found, pathlib.Path(out) / f"{world.size}.pt")
+        (out / f"{world.size}.json").write_text(json.dumps(found))
+        if world.size == 1:
+            torch.save(reference, out / "reference.pt")
     world.close()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2], "--full" in sys.argv)
     sys.stdout.flush()
     os._exit(0)
