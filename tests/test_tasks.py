@@ -285,6 +285,17 @@ def test_a_row_over_the_time_limit_is_named(pool_of_one):
             pool_of_one.check_time()
 
 
+def test_what_every_engine_would_say_is_said_once():
+    said = []
+    for engine, leads in ((0, True), (0, False), (1, True), (1, False)):  # two engines, TP 2
+        world = SimpleNamespace(generates=False, cuda=False, engine=engine, leads=leads)
+        made = Generator(cfg(dtype="auto"), world, None, None)
+        made.told = {"notes": []}
+        made.note("left out 1 of 3 prompts")
+        said += made.told["notes"]
+    assert len(said) == 1
+
+
 def test_a_user_task_and_a_wrong_name(tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text("import tasks\nclass Mine(tasks.SumDigits):\n    pass\n")
