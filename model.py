@@ -36,10 +36,9 @@ class Pack:
 def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack = None, **kwargs):
     """Queries (1, H, tokens, D), keys and values (1, H_kv, tokens, D) -> (1, tokens, H, D).
 
-    Causal within each row.
-    CUDA: flash attention over the packed layout. CPU: rows are laid out padded for this one
-    operation, because attention over the whole pack would cost tokens^2; the padding is at the end,
-    where causality hides it.
+    Causal within each row. CUDA: flash attention over the packed layout. CPU: rows are laid out
+    padded for this one operation, because attention over the whole pack would cost tokens^2; the
+    padding is at the end, where causality hides it.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, H, D)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):

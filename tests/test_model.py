@@ -1,6 +1,4 @@
-"""The policy in one process: the shift, packing, the chunked head, against plain Hugging Face
-forwards.
-"""
+"""The policy in one process, against plain forwards: the shift, packing, the chunked head."""
 
 import pytest
 import torch
@@ -29,9 +27,7 @@ def policy(path, chunk=0, temperature=1.0, dtype=torch.float64):
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "qwen2"])
 def test_logprobs_are_those_of_each_row_alone(tiny, name):
-    """Packed rows against one plain forward per row: the shift, the positions and the attention's
-    borders.
-    """
+    """Packed rows against one forward per row: shift, positions and the attention's borders."""
     tokens, length, mask = rows()
     ours, entropy = policy(tiny(name), temperature=0.7)(tokens, length, mask)
     plain = AutoModelForCausalLM.from_pretrained(
