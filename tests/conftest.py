@@ -21,15 +21,13 @@ os.environ |= {
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--long", action="store_true", help="also the long matrices: topologies, kills, learning"
-    )
+    meaning = "also the long matrices: topologies, learning"
+    parser.addoption("--long", action="store_true", help=meaning)
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "long: minutes, not seconds; runs with --long (make test-all)"
-    )
+    meaning = "long: minutes, not seconds; runs with --long (make test-all)"
+    config.addinivalue_line("markers", meaning)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -46,22 +44,38 @@ def torchrun(ranks: int, script: str, *args: str) -> list[str]:
 
 def run(ranks: int, script: str, *args: str, timeout: int = 240) -> subprocess.CompletedProcess:
     """A script under torchrun, to its end. Output as text."""
-    return subprocess.run(
-        torchrun(ranks, script, *args), cwd=ROOT, capture_output=True, text=True, timeout=timeout
-    )
+    command = torchrun(ranks, script, *args)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 def lines(folder, name="metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (pathlib.Path(folder) / name).read_text().splitlines()]
 
 
+def trace(folder) -> list[dict]:
+    """The events of trace.json, which has no closing bracket."""
+    text = (pathlib.Path(folder) / "trace.json").read_text()
+    return json.loads(text.rstrip().rstrip(",") + "]")
+
+
 def logs(folder) -> str:
-    return "\n".join(
-        p.read_text()[-3000:] for p in sorted(pathlib.Path(folder, "log").glob("*.log"))
-    )
+    files = sorted(pathlib.Path(folder, "log").glob("*.log"))
+    return "\n".join(file.read_text()[-3000:] for file in files)
 
 
-SHAPES = {
+SHAPE = dict(
+    vocab_size=28,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+ARCHITECTURES = {
     "qwen3": ("Qwen3ForCausalLM", dict(head_dim=32, tie_word_embeddings=True)),
     "llama": ("LlamaForCausalLM", dict(head_dim=32, tie_word_embeddings=False)),
     "qwen2": ("Qwen2ForCausalLM", dict(tie_word_embeddings=True)),  # biases on q, k and v
@@ -70,9 +84,7 @@ SHAPES = {
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """name -> folder of a random two-layer model of that architecture, with the calculator's
-    tokenizer.
-    """
+    """name -> folder of a random model of two layers, with the calculator's tokenizer."""
     import torch
     import transformers
 
@@ -80,39 +92,18 @@ def tiny(tmp_path_factory):
         folder = tmp_path_factory.getbasetemp() / f"{name}-{'-'.join(map(str, eos))}"
         if folder.exists():
             return str(folder)
-        class_name, extra = SHAPES[name]
+        class_name, extra = ARCHITECTURES[name]
         model_class = getattr(transformers, class_name)
-        shape = dict(
-            vocab_size=28,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-        )
-        config = model_class.config_class(
-            **shape,
-            num_key_value_heads=1,
-            max_position_embeddings=256,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            **extra,
-        )
         torch.manual_seed(1)
-        model = model_class(config)
-        for (
-            n,
-            p,
-        ) in (
-            model.named_parameters()
-        ):  # biases are zero and norms one at first: a lost one would not show
+        model = model_class(model_class.config_class(**SHAPE, **extra))
+        # Biases start at zero and norms at one, where a lost parameter would not show.
+        for n, p in model.named_parameters():
             if n.endswith("bias") or "norm" in n:
                 p.data.add_(0.3 * torch.randn_like(p))
         model.generation_config.eos_token_id = list(eos)
         model.save_pretrained(folder)
-        transformers.AutoTokenizer.from_pretrained(ROOT / "assets/calculator").save_pretrained(
-            folder
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "assets/calculator")
+        tokenizer.save_pretrained(folder)
         return str(folder)
 
     return make
