@@ -211,9 +211,8 @@ def gspo(logprobs, rows, cfg):
     """
     tokens = rows.mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
     mean = log_ratio(logprobs, rows, cfg).sum(1, keepdim=True) / tokens
-    ratio = (
-        mean.detach() + logprobs - logprobs.detach()
-    ).exp()  # (B, T): s, with log pi's gradient
+    own = logprobs - logprobs.detach()  # (B, T) exact zeros, with the gradient of log pi
+    ratio = (mean.detach() + own).exp()  # (B, T) s
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     values = -torch.minimum(ratio * rows.advantage, clipped * rows.advantage)
     return total(values, logprobs, rows, cfg), clip_fractions(ratio, rows, cfg)
@@ -305,10 +304,11 @@ def figures(logprobs: torch.Tensor, rows, cfg) -> dict[str, torch.Tensor]:
         "ess_squares": (weight**2).sum(),
     }
     out["mismatch_histogram"] = torch.bincount(far, minlength=len(HISTOGRAM) + 1)
-    if rows.ref_logprobs is not None:
+    # By the settings, not by the columns: every rank adds up the same names, rows or not.
+    if cfg.kl_coef:
         out["kl_ref"] = (kl(logprobs, rows.ref_logprobs) * keep).sum()
-    if rows.old_logprobs is not None:
-        out["kl_old"] = (kl(logprobs, rows.old_logprobs) * keep).sum()
+    if cfg.old_policy == "trainer":
+        out["kl_old"] = (kl(logprobs, old_logprobs(logprobs, rows, cfg)) * keep).sum()
     return out
 
 
@@ -334,7 +334,7 @@ def derived(metrics: dict) -> dict[str, float]:
     """
     out = dict(metrics)
     if "mismatch_histogram" in out:
-        below = torch.tensor(out.pop("mismatch_histogram")).cumsum(0)
+        below = torch.as_tensor(out.pop("mismatch_histogram")).cumsum(0)
         place = int(torch.searchsorted(below, 0.95 * below[-1]))
         out["mismatch_p95"] = float(HISTOGRAM[min(place, len(HISTOGRAM) - 1)])
         out["ess"] = out["ess"] ** 2 / max(out.pop("ess_squares"), 1e-30)

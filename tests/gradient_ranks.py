@@ -83,7 +83,7 @@ class Bench:
         self.trainer = Trainer(self.cfg, world)
         self.parameters = list(self.trainer.policy.parameters())
         self.first = [p.detach().clone() for p in self.parameters]
-        self.trainer.optimizer = torch.optim.SGD(self.parameters, lr=0.1)
+        self.trainer.optimizer = torch.optim.SGD(self.parameters, lr=self.cfg.lr)
         self.trainer.optimizer.register_step_pre_hook(lambda *_: self.keep_gradient())
 
     def keep_gradient(self):  # clipped, as the optimizer sees it; of the last mini-batch
@@ -135,9 +135,10 @@ def main(out: str, model: str, full: bool):
     for dtype, checkpointing, budget, chunk in cells(full):
         if built != (dtype, checkpointing):
             built = dtype, checkpointing
-            bench = Bench(world, model=model, dtype=dtype, activation_checkpointing=checkpointing)
+            same = {"model": model, "lr": 0.1, "lr_schedule": "constant"}
+            bench = Bench(world, **same, dtype=dtype, activation_checkpointing=checkpointing)
         for variant in VARIANTS:
-            for planted in (False, True) if budget == "row by row" else (False,):
+            for planted in (False, True) if budget == "several" else (False,):
                 gradient, moved, metrics = bench.step(
                     variant, BUDGETS[budget], CHUNKS[chunk], planted
                 )
