@@ -117,7 +117,8 @@ def head_logprobs(hidden, weight, targets, temperature: float, chunk: int):
     """
     if chunk and len(targets):
         return ChunkedHead.apply(hidden, weight, targets, temperature, chunk)
-    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(wide) @ weight.to(wide).T / temperature  # (K, V)
     logp = logits.log_softmax(-1)
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
     return logp.gather(-1, targets[:, None])[:, 0], entropy

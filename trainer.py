@@ -174,21 +174,26 @@ class Trainer:
         }
 
     def save(self, folder: pathlib.Path):
-        """Write folder/step-N, by a temporary name: it is complete or absent. Collective."""
+        """Write folder/step-N, by a temporary name: it is complete or absent, and what stood there
+        before goes last. Collective.
+        """
         if not self.world.trains:
             return
         with self.world.span("save"):
             final = folder / f"step-{self.version}"
             partial = folder / f"partial-{self.version}"
             if self.world.writes:
-                shutil.rmtree(partial, ignore_errors=True)
+                for left in folder.glob("partial-*"):  # by a save that failed
+                    shutil.rmtree(left)
                 partial.mkdir(parents=True)
             dist.barrier(group=self.world.trainers)
             dcp.save(self.state(), checkpoint_id=partial, process_group=self.world.trainers)
             if self.world.writes:
                 (partial / "about.json").write_text(json.dumps({"step": self.version}))
-                shutil.rmtree(final, ignore_errors=True)
+                if final.exists():
+                    final.rename(folder / f"partial-old-{self.version}")
                 partial.rename(final)
+                shutil.rmtree(folder / f"partial-old-{self.version}", ignore_errors=True)
             dist.barrier(group=self.world.trainers)
 
     def load(self, folder: pathlib.Path):
