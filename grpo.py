@@ -137,15 +137,16 @@ def check(cfg: Config, world):
         raise UserError(
             f"max_policy_age={cfg.max_policy_age}: ranks that also train cannot sample ahead; use 0"
         )
-    least = {"prompts_per_step": 1, "group_size": 1, "max_prompt_tokens": 1, "max_new_tokens": 1}
-    least |= {"max_turns": 1, "task_workers": 1, "eval_samples": 1, "max_num_seqs": 1}
-    least |= {"tokens_per_microbatch": 1, "sync_bucket_mb": 1, "head_chunk": 0, "lr": 0, "steps": 0}
-    least |= {"max_policy_age": 0, "eval_every": 0, "eval_size": 0, "save_every": 0}
-    least |= {"clip_low": 0, "clip_high": 0, "log_samples": 0, "stop_seconds": 0}
-    least |= {"warmup_steps": 0, "lr_min_ratio": 0, "beta1": 0, "beta2": 0}
-    least |= {"weight_decay": 0, "max_grad_norm": 0}
+    ones = "prompts_per_step group_size max_prompt_tokens max_new_tokens max_turns task_workers"
+    ones += " eval_samples max_num_seqs tokens_per_microbatch sync_bucket_mb epochs_per_batch"
+    ones += " minibatches correction_cap dual_clip"
+    zeros = "steps max_policy_age eval_every eval_size save_every log_samples stop_seconds lr"
+    zeros += " lr_min_ratio warmup_steps beta1 beta2 weight_decay max_grad_norm head_chunk clip_low"
+    zeros += " clip_high max_refills kl_coef"
+    least = dict.fromkeys(zeros.split(), 0) | dict.fromkeys(ones.split(), 1)
     most = {"lr_min_ratio": 1, "gpu_memory_utilization": 1}
-    above = {"gpu_memory_utilization": 0, "task_seconds": 0}
+    above = dict.fromkeys(("gpu_memory_utilization", "task_seconds"), 0)
+    above |= dict.fromkeys(("sapo_tau_positive", "sapo_tau_negative"), 0)
     limits(cfg, at_least=least, at_most=most, above=above, below={"beta1": 1, "beta2": 1})
     check_task(cfg)
     cfg.model = cfg.model.removeprefix("hf://")

@@ -1,9 +1,11 @@
 """Every wrong setting: one sentence, before anything is loaded."""
 
 import pickle
+import shutil
 
 import pytest
 from conftest import ROOT, run
+from transformers import AutoTokenizer
 
 import grpo
 import sft
@@ -64,6 +66,11 @@ def start(*argv, script=grpo):
         (["--gpu_memory_utilization=85"], "gpu_memory_utilization=85.0: must be at most 1"),
         (["--task_seconds=0"], "task_seconds=0.0: must be above 0"),
         (["--stop_seconds=-1"], "stop_seconds=-1.0"),
+        (["--correction=mask"], "add --old_policy=trainer"),
+        (["--minibatches=17"], "minibatches=17: prompts_per_step=16 is the most"),
+        (["--correction_cap=0.5"], "correction_cap=0.5: must be at least 1"),
+        (["--sapo_tau_negative=0"], "sapo_tau_negative=0.0: must be above 0"),
+        (["--kl_coef=0.1", "--reference=/nowhere"], "model=/nowhere: no model there"),
         (["--task=calculater"], "task=calculater"),
         (["--task=missing.py:Mine"], "there is no file missing.py"),
         (["--num_generators=3"], "num_generators=3 leaves no rank to train"),
@@ -83,6 +90,25 @@ def test_wrong_settings(ranks, argv, sentence):
     with pytest.raises(UserError, match=sentence.replace("+", r"\+")) as error:
         start(*argv)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_a_teacher_with_other_tokens(ranks, tmp_path):
+    ranks(3)
+    shutil.copytree(ROOT / "assets/calculator", tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
+    tokenizer.add_tokens("!")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match="its tokenizer is not that of model="):
+        start(f"--teacher={tmp_path}/teacher")
+    start(f"--teacher={ROOT}/assets/calculator")
+
+
+def test_auto_is_the_loss_s_own(ranks):
+    ranks(3)
+    cfg, _ = start("--loss=dr_grpo")
+    assert (cfg.aggregation, cfg.advantage, cfg.clip_high) == ("fixed", "mean", 0.2)
+    cfg, _ = start("--loss=gspo", "--aggregation=token", "--clip_high=0.1")
+    assert (cfg.aggregation, cfg.clip_low, cfg.clip_high) == ("token", 3e-4, 0.1)
 
 
 def test_unknown_name_in_yaml(ranks, tmp_path):
