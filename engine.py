@@ -1,7 +1,7 @@
 """vLLM inside a torchrun rank: how it is built among trainers, fed, stepped, and given new weights.
 
 The only file that knows vLLM. It uses its public calls (`add_request`, `step`, `apply_model`), and
-two things that are not public, each in a function of its own: `subworld` and `sampled_so_far`.
+some things that are not public, each in a function of its own.
 """
 
 import contextlib
@@ -63,6 +63,7 @@ class Engine:
             self.version = vllm.__version__
             if not world.cuda:
                 keep_linear_weights()
+                share_no_memory()
             self.sampling_params = vllm.SamplingParams
             self.final_only = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
             self.llm = vllm.LLM(
@@ -141,3 +142,14 @@ def keep_linear_weights():
         layer.cpu_linear = torch.nn.functional.linear
 
     utils.dispatch_cpu_unquantized_gemm = plain
+
+
+def share_no_memory():
+    """Tensor parallelism on a CPU goes through gloo, not through vLLM's shared memory.
+
+    That has the same name in every job and stays behind, so that the next job fails. vLLM itself
+    takes gloo where the ranks of a group disagree on the name.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: str(os.getpid()))
