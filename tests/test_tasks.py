@@ -1,19 +1,13 @@
 """Tasks: right answers, wrong answers, bad files, and no model's text ever evaluated."""
 
-import concurrent.futures
-import functools
 import json
-import time
 from types import SimpleNamespace
 
-import numpy
 import pytest
 from conftest import SHARED
 
 import tasks
 from data import pieces
-from generator import Generator, judge
-from rollouts import Row
 from runtime import UserError
 from tasks import Episode
 
@@ -202,37 +196,6 @@ def test_gsm8k():
     assert all(tasks.number(e["answer"]) is not None for e in task.train + task.heldout)
 
 
-def row(*turns, prompt="1*2+3=", answer=5):
-    return Row(3, 4, 0, 5, Episode({"prompt": prompt, "answer": answer}, list(turns)))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "1", numpy.float32("nan")])
-def test_a_reward_that_is_no_number_is_named_with_its_row(calculator, value):
-    def generous(episode):
-        return value
-
-    task = SimpleNamespace(reply=calculator.reply, rewards=[calculator.correct, generous])
-    with pytest.raises(UserError, match="generous returned .*.*step 3, slot 4, reply 5, prompt '1"):
-        judge(task, row("#5"), may_go_on=False)
-
-
-def times(factor, episode):
-    return numpy.float32(factor * 0.5)
-
-
-class Constant:
-    def __call__(self, episode):
-        return True
-
-
-def test_rewards_of_every_kind_have_a_name(calculator):
-    rewards = [calculator.correct, functools.partial(times, 3), Constant(), lambda episode: 7]
-    judged = row("#5")
-    judge(SimpleNamespace(reply=calculator.reply, rewards=rewards), judged, may_go_on=False)
-    assert judged.rewards == {"correct": 1.0, "times": 1.5, "Constant": 1.0, "<lambda>": 7.0}
-    assert all(type(value) is float for value in judged.rewards.values())
-
-
 def test_two_rewards_of_one_name(tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(
@@ -244,56 +207,6 @@ def test_two_rewards_of_one_name(tmp_path):
     )
     with pytest.raises(UserError, match="two rewards are named '<lambda>'"):
         tasks.load_task(cfg(task=f"{mine}:Mine"))
-
-
-def test_judge_goes_on_or_rewards(calculator):
-    judged = row("[1*2]")
-    assert judge(calculator, judged, may_go_on=True) == "=2" and judged.rewards == {}
-    assert judge(calculator, judged, may_go_on=False) is None and judged.rewards == {"correct": 0.0}
-
-
-@pytest.fixture
-def pool_of_one():
-    """A generator without an engine whose only worker needs 0.3 s for a row of 0.5 s."""
-
-    def slow(episode):
-        time.sleep(0.3)
-        return 1.0
-
-    settings = cfg(deterministic=True, task_seconds=0.5, group_size=5, max_refills=0, dtype="auto")
-    task = SimpleNamespace(rewards=[slow])
-    made = Generator(settings, SimpleNamespace(generates=False, cuda=False), task, None)
-    made.jobs, made.open, made.groups, made.complete = {}, {3: 5}, {}, {}
-    with concurrent.futures.ThreadPoolExecutor(1) as made.pool:
-        yield made
-
-
-def test_deterministic_waits_for_every_row(pool_of_one):
-    """Even for those that wait in the queue longer than the limit, which is each row's own."""
-    for _ in range(5):
-        pool_of_one.ask(row("#5"), may_go_on=False)
-    pool_of_one.apply_jobs()
-    assert len(pool_of_one.complete[3]) == 5 and not pool_of_one.jobs and pool_of_one.open == {3: 0}
-
-
-def test_a_row_over_the_time_limit_is_named(pool_of_one):
-    pool_of_one.cfg.task_seconds = 0.01
-    pool_of_one.ask(row("#5"), may_go_on=False)
-    with pytest.raises(UserError, match="longer than task_seconds=0.01 .step 3, slot 4, reply 5"):
-        for _ in range(20):
-            time.sleep(0.01)
-            pool_of_one.check_time()
-
-
-def test_what_every_engine_would_say_is_said_once():
-    said = []
-    for engine, leads in ((0, True), (0, False), (1, True), (1, False)):  # two engines, TP 2
-        world = SimpleNamespace(generates=False, cuda=False, engine=engine, leads=leads)
-        made = Generator(cfg(dtype="auto"), world, None, None)
-        made.told = {"notes": []}
-        made.note("left out 1 of 3 prompts")
-        said += made.told["notes"]
-    assert len(said) == 1
 
 
 def test_a_user_task_and_a_wrong_name(tmp_path):
