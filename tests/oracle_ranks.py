@@ -1,0 +1,59 @@
+"""Run by test_oracle.py under torchrun: what the real engine says greedily, with weights that came
+from the trainer through `weights.sync`.
+
+torchrun --nproc_per_node=1 tests/oracle_ranks.py OUT
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from transformers import AutoTokenizer
+
+import grpo
+import tasks
+import weights
+from generator import EVALUATION, Generator
+from runtime import World
+from trainer import Trainer
+
+# (max_new_tokens, max_turns): all end by themselves; tokens run out; turns run out
+LIMITS = [(40, 4), (22, 4), (40, 2)]
+
+
+class Opened(tasks.Calculator):
+    """The calculator, whose prompts open the call themselves: greedy replies use the tool."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.heldout = [{**e, "prompt": e["prompt"] + "["} for e in self.heldout]
+
+    def reply(self, episode):
+        opened = "[" if len(episode.turns) == 1 else ""
+        return super().reply(tasks.Episode(episode.problem, [opened + episode.turns[-1]]))
+
+
+def main(out: str):
+    cfg = grpo.Config(steps=0, eval_size=12, eval_every=1)
+    world = World(0)
+    world.connect()
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+    trainer = Trainer(cfg, world, tokenizer)
+    generator = Generator(cfg, world, Opened(cfg), tokenizer)
+    found = []
+    for cfg.max_new_tokens, cfg.max_turns in LIMITS:
+        weights.sync(trainer, generator, world)  # a new version: its evaluation is admitted
+        generator.run_until(lambda: not generator.open[EVALUATION])
+        rows = sorted(generator.judged, key=lambda row: row.slot)
+        found.append([{k: getattr(r, k) for k in ("tokens", "mask", "finished")} for r in rows])
+    pathlib.Path(out).write_text(json.dumps(found))
+    world.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+    sys.stdout.flush()
+    os._exit(0)
