@@ -2,7 +2,7 @@
 
     python benchmarks/invariances.py        # {1, 2, 3 trainers} x 2 types x 3 budgets x 4 heads x 2
 
-Real FSDP2 ranks (gloo, CPU), the shipped model, unequal rows, stale log-probs. A cell's difference
+Real FSDP2 ranks (gloo, CPU), random weights, unequal rows, stale log-probs. A cell's difference
 is |gradient - reference| / |reference|; the reference is one rank, one pack, a dense head, float64.
 """
 
@@ -52,4 +52,4 @@ def table(cells: list[dict]) -> str:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        print(table(measure(folder, str(ROOT / "assets/calculator"))))
+        print(table(measure(folder, str(ROOT / "assets/blank"))))
