@@ -12,12 +12,12 @@ from transformers import AutoTokenizer
 
 from grpo import Config
 from rollouts import load_rollouts
-from tasks import Calculator, Episode
+from tasks import Episode
 
 MODEL = ROOT / "assets/calculator"
 TOKENIZER = AutoTokenizer.from_pretrained(MODEL)
-TEMPERATURE = 0.8
-SMALL = ["--prompts_per_step=4", "--group_size=4", "--eval_size=12", "--eval_every=1"]
+TEMPERATURE, ROOM = 0.8, 28  # tokens after the prompt: three of twelve greedy replies need no more
+SIZES = ["--prompts_per_step=4", "--group_size=4", "--eval_size=12", "--eval_every=1"]
 
 
 def encode(text: str) -> list[int]:
@@ -46,36 +46,38 @@ def trained(tmp_path_factory):
     """The folder of a run of one step, without learning."""
     folder = tmp_path_factory.mktemp("oracle") / "run"
     settings = ["--steps=1", "--lr=0", "--save_rollouts=true", f"--temperature={TEMPERATURE}"]
-    done = run(2, "grpo.py", f"--run_dir={folder}", *settings, *SMALL, timeout=900)
+    task = ["--task=tests/oracle_ranks.py:Opened", f"--max_new_tokens={ROOM}"]
+    done = run(2, "grpo.py", f"--run_dir={folder}", *task, *settings, *SIZES, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:] + logs(folder)
     return folder
 
 
 def test_sampled_tokens_have_the_oracles_log_probs_and_masks(trained):
-    table, task, judge = load_rollouts(trained / "rollouts/0"), Calculator(Config()), oracle()
-    task.cfg.prompts_per_step = 4
+    table, judge, holes = load_rollouts(trained / "rollouts/0"), oracle(), 0
+    task = Opened(Config(prompts_per_step=4))
     assert len(table) == 16
     for i, slot in enumerate((table.index & 0xFFFFFFFF).tolist()):
-        problem = task.problem(0, slot)
-        prompt, tokens = TOKENIZER.encode(problem["prompt"]), table.tokens[i, : table.length[i]]
-        prompt, reply = tokens[: len(prompt)].tolist(), tokens[len(prompt) :].tolist()
-        assert prompt == TOKENIZER.encode(problem["prompt"])
-        mask = [False] * len(prompt) + judge.mask(reply, environment(task, problem))
+        problem, tokens = task.problem(0, slot), table.tokens[i, : table.length[i]].tolist()
+        prompt = TOKENIZER.encode(problem["prompt"])
+        assert tokens[: len(prompt)] == prompt
+        mask = judge.mask(tokens[len(prompt) :], environment(task, problem))
+        holes += not all(mask)
+        mask = [False] * len(prompt) + mask
         assert table.mask[i].tolist() == mask + [False] * (table.mask.shape[1] - len(mask))
-        for t, expected in enumerate(judge.score(tokens.tolist())):
+        for t, expected in enumerate(judge.score(tokens)):
             assert abs(table.logprobs[i, t] - expected * mask[t]) < 1e-4, (i, t)
-    rows_with_tool = (table.sampled < table.length - len(prompt)).sum()
-    assert rows_with_tool > 1  # turns of the environment, which the masks leave out
+    assert holes > 8  # rows with turns of the environment, which the masks leave out
 
 
 def test_greedy_evaluation_has_the_oracles_accuracy(trained):
-    task, judge, right = Calculator(Config()), oracle(), 0.0
+    task, judge, right = Opened(Config()), oracle(), 0.0
     for problem in task.heldout[:12]:
         prompt = TOKENIZER.encode(problem["prompt"])
-        turns, _ = judge.reply(prompt, environment(task, problem), 40, 4)
+        turns, _ = judge.reply(prompt, environment(task, problem), ROOM, Config.max_turns)
         right += task.correct(episode(problem, turns))
     evals = [x["eval_reward"] for x in lines(trained) if "eval_reward" in x]
     assert evals == [right / 12, right / 12]  # versions 0 and 1, the same with lr=0
+    assert 0 < right < 12
 
 
 def test_greedy_tokens_are_the_oracles(tmp_path):
@@ -93,5 +95,6 @@ def test_greedy_tokens_are_the_oracles(tmp_path):
             assert row["mask"] == [False] * len(prompt) + sum(sampled, [])
             assert row["finished"] == finished
             uses.append((limits, len(turns), finished))
-    # What was compared: two calls and an answer; a call cut off; a second turn that was the last.
-    assert {((40, 4), 5, True), ((22, 4), 3, False), ((40, 2), 3, False)} <= set(uses)
+    # What was compared. Turns: call, value, call, value, answer.
+    assert {((40, 4), 5, True), ((28, 4), 5, True), ((28, 4), 5, False)} <= set(uses)
+    assert {((24, 4), 3, False), ((16, 4), 3, False), ((40, 2), 3, False)} <= set(uses)
