@@ -246,9 +246,9 @@ class Generator:
         if len(group) < self.cfg.group_size:
             return
         del self.groups[row.step, row.slot]
-        rewards = {sum(r.rewards.values()) for r in group}
-        if len(rewards) == 1 and row.attempt < self.cfg.max_refills:
-            self.refills.setdefault(row.step, []).append(rewards.pop())
+        rewards = torch.tensor([sum(r.rewards.values()) for r in group]).unique()  # float32, as
+        if len(rewards) == 1 and row.attempt < self.cfg.max_refills:  # the table has them
+            self.refills.setdefault(row.step, []).append(float(rewards))
             self.start_group(row.step, row.slot, row.attempt + 1)
         else:
             self.complete.setdefault(row.step, []).extend(group)

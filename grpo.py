@@ -47,17 +47,13 @@ class Config:
     # what is learned from it
     loss: str = "grpo"  # grpo dr_grpo dapo cispo gspo sapo reinforce, or my_file.py:my_loss
     advantage: Literal["auto", "mean", "mean_std", "leave_one_out"] = "auto"  # auto: the loss's own
-    aggregation: Literal["auto", "token", "sequence", "prompt", "fixed"] = (
-        "auto"  # the sum's divisor
-    )
+    aggregation: Literal["auto", "token", "sequence", "prompt", "fixed"] = "auto"  # the divisor
     clip_low: float = -1.0  # the ratio's clip is [1 - clip_low, 1 + clip_high]; -1: the loss's own
     clip_high: float = -1.0  # larger than clip_low: room for rare tokens (DAPO)
     dual_clip: float = 3.0  # dapo: the ratio's cap where the advantage is negative
     sapo_tau_positive: float = 1.0  # sapo: temperature of the gate where the advantage is positive
     sapo_tau_negative: float = 1.05  # sapo: and where it is negative
-    old_policy: Literal["generator", "trainer"] = (
-        "generator"  # whose log-probs the ratio divides by
-    )
+    old_policy: Literal["generator", "trainer"] = "generator"  # whom the ratio divides by
     correction: Literal["none", "truncate", "mask"] = "none"  # of trainer against generator
     correction_level: Literal["token", "sequence"] = "token"  # whose ratio is corrected by
     correction_cap: float = 2.0  # largest weight (truncate); mask: within [1/cap, cap]
@@ -67,7 +63,7 @@ class Config:
     equal_rewards: Literal["train", "mask"] = "train"  # groups that teach nothing
     max_refills: int = 0  # times that a slot draws again when its group teaches nothing (DAPO)
     kl_coef: float = 0.0  # of the KL to the reference, in the loss; 0: no reference is loaded
-    kl: Literal["k1", "k2", "k3"] = "k3"  # its estimator
+    kl: Literal["k1", "k2", "k3"] = "k3"  # its estimator; the gradient of k1 is 0 on average
     reference: str = ""  # model of the KL; empty: `model` as it was at the start
     teacher: str = ""  # model to distil from, on the policy's own replies; same tokenizer
     distill: Literal["alone", "add"] = "alone"  # the teacher's advantage alone, or the reward's too
@@ -115,14 +111,11 @@ def check(cfg: Config, world):
         raise UserError(
             f"top_p={cfg.top_p}: training needs 1.0; filtered sampling has log-probs of its own"
         )
-    if cfg.temperature <= 0:
+    if cfg.group_size == 1 and not cfg.teacher:
+        raise UserError("group_size=1 has nothing to compare a reply with: use 2 or more")
+    if cfg.teacher and (cfg.max_refills or cfg.equal_rewards == "mask"):
         raise UserError(
-            f"temperature={cfg.temperature}: sampling while training needs a temperature above 0"
-        )
-    if cfg.group_size == 1 and cfg.advantage != "mean" and not cfg.teacher:
-        raise UserError(
-            f"group_size=1 has nothing to compare with (advantage={cfg.advantage}): use 2 or more, "
-            "or --advantage=mean"
+            "a teacher teaches where rewards are equal too: --max_refills=0 --equal_rewards=train"
         )
     if cfg.correction != "none" and cfg.old_policy == "generator":
         raise UserError(
@@ -145,16 +138,17 @@ def check(cfg: Config, world):
     zeros += " clip_high max_refills kl_coef"
     least = dict.fromkeys(zeros.split(), 0) | dict.fromkeys(ones.split(), 1)
     most = {"lr_min_ratio": 1, "gpu_memory_utilization": 1}
-    above = dict.fromkeys(("gpu_memory_utilization", "task_seconds"), 0)
+    above = dict.fromkeys(("gpu_memory_utilization", "task_seconds", "temperature"), 0)
     above |= dict.fromkeys(("sapo_tau_positive", "sapo_tau_negative"), 0)
     limits(cfg, at_least=least, at_most=most, above=above, below={"beta1": 1, "beta2": 1})
     check_task(cfg)
+    find_loss(cfg)
     cfg.model = cfg.model.removeprefix("hf://")
     if not cfg.random_init and not has_weights(cfg.model):
         raise UserError(f"model={cfg.model}: a configuration, but no weights in this folder")
     config, longest = check_config(cfg.model), cfg.max_prompt_tokens + cfg.max_new_tokens
     for path in frozen_models(cfg).values():
-        check_same_tokens(cfg.model, path)
+        check_frozen(cfg, path)
     if longest > getattr(config, "max_position_embeddings", longest):
         limit = config.max_position_embeddings
         raise UserError(
@@ -185,12 +179,16 @@ def frozen_models(cfg: Config) -> dict[str, str]:
     return {column: path.removeprefix("hf://") for column, path in models.items() if path}
 
 
-def check_same_tokens(model: str, other: str):
-    """UserError if the other model's tokens are not this one's."""
-    check_config(other)
-    ours, theirs = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (model, other))
+def check_frozen(cfg: Config, path: str):
+    """UserError if a reference or teacher has no weights, or tokens that are not the model's."""
+    check_config(path)
+    if path == cfg.model:
+        return
+    if not has_weights(path):
+        raise UserError(f"{path}: a configuration, but no weights in this folder")
+    ours, theirs = (AutoTokenizer.from_pretrained(p).get_vocab() for p in (cfg.model, path))
     if ours != theirs:
-        raise UserError(f"{other}: its tokenizer is not that of model={model}, so tokens differ")
+        raise UserError(f"{path}: its tokenizer is not that of model={cfg.model}, so tokens differ")
 
 
 def main(cfg: Config, world, run):
@@ -199,8 +197,9 @@ def main(cfg: Config, world, run):
     tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     trainer = Trainer(cfg, world, tokenizer, frozen_models(cfg))
     start = run.resume(trainer)
-    if world.writes and cfg.max_policy_age > 1 and cfg.correction == "none":
-        run.say(f"max_policy_age={cfg.max_policy_age}: old tokens, and correction=none")
+    uncorrected = cfg.old_policy == "trainer" and cfg.correction == "none"
+    if world.writes and cfg.max_policy_age and uncorrected:
+        run.say("old tokens are taken for the policy's own: add --correction=truncate or mask")
     generator = Generator(cfg, world, task, tokenizer, version=start)
 
     for step in range(start, cfg.steps):

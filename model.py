@@ -218,7 +218,7 @@ def build_policy(cfg, world, frozen: str | None = None) -> Policy:
     compute, path = compute_dtype(cfg, world), frozen or cfg.model
     config = check_config(path)
     how = {"dtype": compute if frozen else master, "attn_implementation": "packed"}
-    if cfg.random_init or not has_weights(path):
+    if path == cfg.model and (cfg.random_init or not has_weights(path)):
         torch.manual_seed(cfg.seed)
         lm = AutoModelForCausalLM.from_config(config, **how)
     else:

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import sys
 import threading
 import time
@@ -82,7 +83,15 @@ class Run:
             f.writelines(json.dumps(o) + "\n" for o in objects)
 
     def truncate(self, start: int):
-        """After a resume: forget the lines of steps that will be done again."""
+        """After a resume: forget the lines of steps that will be done again, and set their
+        checkpoints aside, which a restart would else take for this run's.
+        """
+        for path in self.folder.glob("checkpoints/step-*"):
+            if int(path.name.removeprefix("step-")) > start:
+                path.rename(path.with_name(f"aside-{time.time_ns()}-{path.name}"))
+        for path in self.folder.glob("rollouts/*"):
+            if int(path.name) >= start:
+                shutil.rmtree(path)
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
             if not path.exists():

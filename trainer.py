@@ -110,12 +110,14 @@ class Trainer:
                         add = torch.maximum if name.endswith("_max") else torch.add
                         sums[name] = add(sums[name], value) if name in sums else value
                 # Without a token that counts nothing moves: not by momentum either.
-                norms.append(self.update() if sampled_tokens(table) else self.no_update())
+                if sampled_tokens(table):
+                    norms.append(self.update())
+                self.optimizer.zero_grad(set_to_none=True)
             self.version += 1
             metrics = self.reduce(sums)
             metrics["tokens"] /= epochs
-            metrics["loss"] = metrics.pop("loss_sum") / len(norms)
-            metrics["grad_norm"] = sum(norms) / len(norms)
+            metrics["loss"] = metrics.pop("loss_sum") / (epochs * len(rollouts.plan))
+            metrics["grad_norm"] = sum(norms) / max(len(norms), 1)
             tokens = sampled_tokens(rollouts.all)
             assert metrics["tokens"] == tokens, (metrics["tokens"], tokens)  # each exactly once
             return metrics
@@ -135,6 +137,7 @@ class Trainer:
         """This rank's sums -> means per sampled token over all trainers. Names in `_max` are
         maxima, in `_sum` and `_histogram` sums.
         """
+        sums = dict(sorted(sums.items()))  # one order on every rank
         values = torch.cat([v.flatten() for v in sums.values()]).to(self.world.device)
         total, top = values.clone(), values.clone()
         dist.all_reduce(total, group=self.world.trainers)
@@ -149,21 +152,18 @@ class Trainer:
         return {k: v if k.endswith(whole) else v / tokens for k, v in out.items()}
 
     def update(self) -> float:
-        """Clip to `max_grad_norm`, step, forget the gradient. Returns the norm before the clip."""
+        """Clip to `max_grad_norm` and step. Returns the norm before the clip."""
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters], foreach=True)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not norm.isfinite():  # the same on every trainer; the weights are still good
+            raise FloatingPointError(f"the gradient's norm is {float(norm)}: see samples.jsonl")
         if self.cfg.max_grad_norm > 0:
             clip_grads_with_norm_(parameters, self.cfg.max_grad_norm, norm, foreach=True)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.version, self.cfg)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
-
-    def no_update(self) -> float:
-        self.optimizer.zero_grad(set_to_none=True)
-        return 0.0
 
     # ------------------------------------------------------------ checkpoints
 
@@ -203,6 +203,9 @@ class Trainer:
         state = self.state()
         dcp.load(state, checkpoint_id=folder, process_group=self.world.trainers)
         set_optimizer_state_dict(self.policy, self.optimizer, state["optimizer"])
+        for group in self.optimizer.param_groups:  # the settings of this run, not the saved ones
+            group |= {"betas": (self.cfg.beta1, self.cfg.beta2)}
+            group |= {"weight_decay": self.cfg.weight_decay}
         self.version = json.loads((folder / "about.json").read_text())["step"]
 
 

@@ -1,6 +1,6 @@
 """The gradient of a step, over every way to split the batch, for every loss: the README's table.
 
-    python benchmarks/invariances.py        # {1, 2, 3 trainers} x 2 types x 3 budgets x 4 heads x 2
+    python benchmarks/invariances.py [--cells]    # {1, 2, 3 trainers} x 2 x 3 budgets x 4 heads x 2
 
 Real FSDP2 ranks (gloo, CPU), random weights, unequal rows, stale log-probs. A cell's difference
 is |gradient - reference| / |reference|; the reference is one rank, one pack, a dense head, float64.
@@ -12,6 +12,9 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -52,4 +55,14 @@ def table(cells: list[dict]) -> str:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        print(table(measure(folder, str(ROOT / "assets/blank"))))
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / "assets/blank"))
+        model.save_pretrained(f"{folder}/model")
+        cells = measure(folder, f"{folder}/model")
+    if "--cells" in sys.argv:  # each with its gradient's norm
+        print("\n".join(map(json.dumps, cells)))
+    print(table(cells))
+    right = [c for c in cells if not c["planted"]]
+    limit = {"float64": 1e-12, "float32": 1e-5}
+    beyond = [c for c in right if max(c["gradient"], c["weights"]) > limit[c["dtype"]]]
+    sys.exit(bool(beyond or any(c["norm"] < 1e-3 for c in right)))

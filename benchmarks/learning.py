@@ -24,6 +24,10 @@ RUNS = {  # group -> name -> settings that differ from the default
         name: {"loss": name}
         for name in ("grpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "reinforce")
     },
+    "4 updates a batch": {  # where the ratio leaves 1 and clips act
+        f"{name} x 4": {"loss": name, "minibatches": 4, "lr": 3e-4}
+        for name in ("grpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "reinforce")
+    },
     "length": {
         "token mean": {"aggregation": "token"},
         "sequence mean": {"aggregation": "sequence"},

@@ -49,7 +49,7 @@ def settings_of(name: str, cfg, keep: bool):
 
 
 def replay(table, policy, names: list[str], cfg, keep: bool) -> dict[str, dict]:
-    """loss -> gradient (flat), its noise, and figures. One forward for each group of the table."""
+    """loss -> gradient (flat), its noise, and figures. A forward for each group and loss."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     groups = [(table.index == i).nonzero().flatten() for i in table.index.unique()]
     settings = {name: settings_of(name, cfg, keep) for name in names}
@@ -57,6 +57,7 @@ def replay(table, policy, names: list[str], cfg, keep: bool) -> dict[str, dict]:
     for at in groups:
         for name, own in settings.items():
             table.advantage = losses.group_advantages(table, own.advantage)
+            table.advantage = losses.distilled(table, own)
             table.share = losses.shares(table, own)
             rows = table.take(at)
             logprobs, _ = policy(rows.tokens, rows.length, rows.mask)
@@ -94,6 +95,8 @@ def main():
     run, step, names = args.folder.parents[1], int(args.folder.name), args.loss.split(",")
     cfg = grpo.Config(**yaml.safe_load((run / "config.yaml").read_text()))
     table = load_rollouts(args.folder)
+    if any(table.index.unique(return_counts=True)[1] != cfg.group_size):
+        sys.exit("rows of weight 0 are not saved, and without them a group's mean is not known")
     table.old_logprobs = None  # the replay is of the batch's first update
     policy, source = load_policy(run, step, cfg, args.model)
     found = replay(table, policy, names, cfg, args.keep)
