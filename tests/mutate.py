@@ -120,13 +120,13 @@ MUTATIONS = r"""
 +                 row.tokens = self.encode(self.tokenizer.decode(row.tokens))
 +                 row.append_given(tokens)
 
-12 product in bfloat16: model.py
-- if a.dtype in (torch.float32, torch.float64):
-+ if True:
+12 chunked head in bfloat16: model.py
+- torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
++ (a @ b).float()
 
 12 dense head in bfloat16: model.py
-- wide = torch.promote_types(hidden.dtype, torch.float32)
-+ wide = hidden.dtype
+- hidden.to(wide) @ weight.to(wide).T / temperature
++ (hidden @ weight.T).to(wide) / temperature
 
 13 dropout modules: model.py
 - module.p = 0.0
@@ -169,8 +169,8 @@ MUTATIONS = r"""
 + if False:
 
 18 each shard by its own norm: trainer.py
-- norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-+ norm.to_local() if hasattr(norm, "to_local") else norm
+- get_total_norm([p.grad for p in parameters], foreach=True)
++ get_total_norm([p.grad.to_local() for p in parameters], foreach=True)
 
 19 one causal sequence: model.py
 - pack = Pack(starts, tokens.shape[1], slot)
@@ -201,12 +201,15 @@ MUTATIONS = r"""
 + return float(counts[cfg.aggregation])
 
 21 momentum moves without tokens: trainer.py
-- self.update() if sampled_tokens(table) else self.no_update()
-+ self.update()
+- if sampled_tokens(table):
++ if True:
 
 22 optimizer starts anew: trainer.py
-- set_optimizer_state_dict(self.policy, self.optimizer, state["optimizer"])
-+ pass
+-         state = self.state()
+-         dcp.load(state, checkpoint_id=folder, process_group=self.world.trainers)
+-         set_optimizer_state_dict(self.policy, self.optimizer, state["optimizer"])
++         state = {"policy": dict(self.policy.named_parameters())}
++         dcp.load(state, checkpoint_id=folder, process_group=self.world.trainers)
 
 22 step starts anew: trainer.py
 - json.loads((folder / "about.json").read_text())["step"]
