@@ -39,7 +39,7 @@ class Opened(tasks.Calculator):
 
 
 def main(out: str):
-    cfg = grpo.Config(steps=0, eval_size=12, eval_every=1)
+    cfg = grpo.Config(steps=0, eval_size=12, eval_every=1, temperature=2.0)
     world = World(0)
     world.connect()
     tokenizer = AutoTokenizer.from_pretrained(cfg.model)

@@ -16,7 +16,8 @@ from tasks import Episode
 
 MODEL = ROOT / "assets/calculator"
 TOKENIZER = AutoTokenizer.from_pretrained(MODEL)
-TEMPERATURE, ROOM = 0.8, 28  # tokens after the prompt: three of twelve greedy replies need no more
+TEMPERATURE = 2.0  # so high that sampling is not greedy decoding by chance
+ROOM = 28  # tokens after the prompt: three of twelve greedy replies need no more
 SIZES = ["--prompts_per_step=4", "--group_size=4", "--eval_size=12", "--eval_every=1"]
 
 
