@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import textwrap
 
 import pytest
 from conftest import ROOT
@@ -42,6 +43,18 @@ def test_arrows_between_files(name):
 def test_budget():
     count = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in CORE}
     assert sum(count.values()) <= 3300 and max(count.values()) <= 500, count
+
+
+def test_readme_has_the_lines_and_the_loop_as_they_stand():
+    text = (ROOT / "README.md").read_text()
+    lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in CORE}
+    assert f"One file per component, {sum(lines.values()):,} lines in all" in text
+    for name, count in lines.items():
+        assert f"| `{name}.py` | {count} |" in text, name
+    code = (ROOT / "grpo.py").read_text()
+    start = code.index("    for step in range(start")
+    loop = code[start : code.index("    weights.sync(trainer, generator, world)  # the last")]
+    assert f"```python\n{textwrap.dedent(loop)}```" in text
 
 
 def test_only_runtime_reads_ranks():
