@@ -337,7 +337,7 @@ def derived(metrics: dict) -> dict[str, float]:
     """
     out = dict(metrics)
     if "mismatch_histogram" in out:
-        below = torch.as_tensor(out.pop("mismatch_histogram")).cumsum(0)
+        below = torch.tensor(out.pop("mismatch_histogram"), dtype=torch.float64).cumsum(0)
         place = int(torch.searchsorted(below, 0.95 * below[-1]))
         out["mismatch_p95"] = float(HISTOGRAM[min(place, len(HISTOGRAM) - 1)])
         out["ess"] = out["ess"] ** 2 / max(out.pop("ess_squares"), 1e-30)

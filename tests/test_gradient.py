@@ -6,7 +6,7 @@ import json
 
 import pytest
 from conftest import run
-from gradient_ranks import VARIANTS
+from gradient_ranks import SAMPLE, VARIANTS
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 
@@ -26,7 +26,7 @@ def cells(tiny, tmp_path_factory):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_and_weights_do_not_depend_on_the_split(cells, variant):
     mine = [c for c in cells if c["variant"] == variant and not c["planted"]]
-    assert len(mine) == 3 * 10  # {1, 2, 3 ranks} x {float64, float32} x 5 ways
+    assert len(mine) == 3 * len(SAMPLE)
     for c in mine:
         assert c["norm"] > 1e-3, c
         assert max(c["gradient"], c["weights"]) < TOLERANCE[c["dtype"]], c
