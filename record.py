@@ -32,7 +32,7 @@ class Run:
         self.rows: list[dict] = []  # the lines of metrics.jsonl that the end table needs
         self.evals: dict[int, tuple[float, float]] = {}  # version -> mean and standard error
         self.partial: dict[int, list[float]] = {}  # version -> rows, sum, squares so far
-        self.tokens = 0  # of this session: a resumed run's earlier lines have other seconds
+        self.tokens = 0  # since this start: a resumed run's earlier lines have other seconds
         self.finished, self.finishing = False, threading.Lock()  # a signal's thread may finish too
         self.screen = os.fdopen(os.dup(2), "w", buffering=1)
         self.checkpoint = world.agree(self.choose_checkpoint() if world.writes else None)
