@@ -220,7 +220,10 @@ class Generator:
             row, reply = self.jobs.pop(future), future.result()
             if reply is None:
                 self.open[EVALUATION if row.evaluates else row.step] -= 1
-                self.judged.append(row) if row.evaluates else self.completed(row)
+                if row.evaluates:
+                    self.judged.append(row)
+                else:
+                    self.completed(row)
                 continue
             tokens = self.encode(reply)
             if len(tokens) < self.room(row):

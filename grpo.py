@@ -135,7 +135,7 @@ def check(cfg: Config, world):
     ones += " minibatches correction_cap dual_clip"
     zeros = "steps max_policy_age eval_every eval_size save_every log_samples stop_seconds lr"
     zeros += " lr_min_ratio warmup_steps beta1 beta2 weight_decay max_grad_norm head_chunk clip_low"
-    zeros += " clip_high max_refills kl_coef"
+    zeros += " clip_high max_refills kl_coef teacher_coef"
     least = dict.fromkeys(zeros.split(), 0) | dict.fromkeys(ones.split(), 1)
     most = {"lr_min_ratio": 1, "gpu_memory_utilization": 1}
     above = dict.fromkeys(("gpu_memory_utilization", "task_seconds", "temperature"), 0)

@@ -136,13 +136,14 @@ def correction(logprobs, rows, cfg) -> torch.Tensor:
     truncate: at most `correction_cap` (TIS, Yao et al. 2025). mask: 0 outside [1 / cap, cap] (MIS;
     IcePop, arXiv 2510.18855). Per sequence the ratio is the product over the row's tokens.
     """
+    if cfg.correction == "none":
+        return logprobs.new_ones(())
     difference = (old_logprobs(logprobs.detach(), rows, cfg) - rows.logprobs) * rows.mask
     if cfg.correction_level == "sequence":
         difference = difference.sum(1, keepdim=True).expand_as(difference)
     ratio, cap = difference.clamp(-20, 20).exp(), cfg.correction_cap
-    kept = (difference.abs() <= math.log(cap)).to(ratio.dtype)
-    weights = {"none": ratio.new_ones(()), "truncate": ratio.clamp(max=cap), "mask": ratio * kept}
-    return weights[cfg.correction]
+    kept = difference.abs() <= math.log(cap)
+    return ratio.clamp(max=cap) if cfg.correction == "truncate" else ratio * kept
 
 
 def counted(rows) -> torch.Tensor:
@@ -156,18 +157,22 @@ def total(values, logprobs, rows, cfg) -> torch.Tensor:
     return (values * weight).sum()
 
 
+def surrogate(ratio, rows, cfg) -> torch.Tensor:
+    """(B, T) -min(ratio A, clip(ratio, 1 - low, 1 + high) A) (PPO, arXiv 1707.06347, eq. 7)."""
+    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    return -torch.minimum(ratio * rows.advantage, clipped * rows.advantage)
+
+
 # ---------------------------------------------------------------- losses
 
 
 def grpo(logprobs: torch.Tensor, rows, cfg) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = pi / pi_old (PPO, arXiv 1707.06347,
-    eq. 7; GRPO, arXiv 2402.03300, eq. 3).
+    """PPO's clipped surrogate of ratio = pi / pi_old (GRPO, arXiv 2402.03300, eq. 3).
 
-    The generator's own log-probs are the old policy, so a token a version old has a true ratio.
+    By default the generator is the old policy, so a token a version old has a true ratio.
     """
     ratio = log_ratio(logprobs, rows, cfg).exp()
-    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-    values = -torch.minimum(ratio * rows.advantage, clipped * rows.advantage)
+    values = surrogate(ratio, rows, cfg)
     return total(values, logprobs, rows, cfg), clip_fractions(ratio, rows, cfg)
 
 
@@ -183,16 +188,12 @@ def dapo(logprobs, rows, cfg):
     negative advantage has a floor at `dual_clip` x A (dual-clip PPO, arXiv 1912.09729).
     """
     ratio = log_ratio(logprobs, rows, cfg).exp()
-    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-    values = torch.minimum(ratio * rows.advantage, clipped * rows.advantage)
-    floor = torch.maximum(values, cfg.dual_clip * rows.advantage)
-    values = torch.where(rows.advantage < 0, floor, values)
-    fractions = clip_fractions(ratio, rows, cfg)
-    dual = (ratio > cfg.dual_clip) & (rows.advantage < 0)
-    return -total(values, logprobs, rows, cfg), {
-        **fractions,
-        "clip_dual": (dual * counted(rows)).sum(),
-    }
+    values = surrogate(ratio, rows, cfg)
+    most = torch.minimum(values, -cfg.dual_clip * rows.advantage)
+    values = torch.where(rows.advantage < 0, most, values)
+    dual = ((ratio > cfg.dual_clip) & (rows.advantage < 0) & (counted(rows) > 0)).sum()
+    sums = {**clip_fractions(ratio, rows, cfg), "clip_dual": dual}
+    return total(values, logprobs, rows, cfg), sums
 
 
 def cispo(logprobs, rows, cfg):
@@ -216,8 +217,7 @@ def gspo(logprobs, rows, cfg):
     mean = log_ratio(logprobs, rows, cfg).sum(1, keepdim=True) / tokens
     own = logprobs - logprobs.detach()  # (B, T) exact zeros, with the gradient of log pi
     ratio = (mean.detach() + own).exp()  # (B, T) s
-    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-    values = -torch.minimum(ratio * rows.advantage, clipped * rows.advantage)
+    values = surrogate(ratio, rows, cfg)
     return total(values, logprobs, rows, cfg), clip_fractions(ratio, rows, cfg)
 
 

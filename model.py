@@ -193,13 +193,22 @@ def check_config(path: str) -> AutoConfig:
     if scale := [k for k in HEAD_SCALES if getattr(config, k, None) not in (None, 1)]:
         raise UserError(f"model={path}: logits scaled by {scale[0]} are not supported")
     with torch.device("meta"):  # parts to look at, without memory: milliseconds, at any size
-        lm = AutoModelForCausalLM.from_config(config)
+        lm = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
     head = lm.get_output_embeddings()
     if not hasattr(getattr(lm, "model", None), "layers") or getattr(head, "bias", None) is not None:
         raise UserError(
             f"model={path}: {type(lm).__name__} is not built like Llama, with lm.model.layers and "
             "a head without bias"
         )
+    lm.model.layers = lm.model.layers[:1]
+    two = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    mask = two.expand(1, 1, 2, 2)  # of no effect, but without one transformers looks at positions
+    pack = Pack(two[0].int(), 2, two[0])
+    try:
+        lm.model(input_ids=two, position_ids=two, attention_mask=mask, use_cache=False, pack=pack)
+    except (AttributeError, TypeError):
+        name = type(lm).__name__
+        raise UserError(f"model={path}: {name}'s layers do not hand packed rows on") from None
     return config
 
 
