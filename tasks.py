@@ -9,7 +9,6 @@ here knows of ranks, engines or gradients.
 
 import ast
 import json
-import math
 import operator
 import pathlib
 import random
@@ -141,109 +140,15 @@ class Calculator(Task):
         return [*pieces, (f"#{a * b + c}", True)]
 
 
-# ---------------------------------------------------------------- other tasks
+# ---------------------------------------------------------------- files and names
 
-
-class SumDigits(Task):
-    """torchforge's toy: the sum of the digits of a number. Reward 1 for the exact answer."""
-
-    def __init__(self, cfg):
-        super().__init__(cfg)
-        rng = random.Random("sum_digits")
-        numbers = [str(rng.randrange(10, 10 ** rng.randint(2, 6))) for _ in range(8000)]
-        numbers = list(dict.fromkeys(numbers))  # no prompt stands twice
-        examples = [{"prompt": f"{n}=", "answer": f"#{sum(map(int, n))}"} for n in numbers]
-        self.train, self.heldout = examples[512:], examples[:512]
-
-
-class Countdown(Task):
-    """Reach a target with + - * and each of the given numbers at most once.
-
-    The last `<answer>` counts; without one, the last line.
-    """
-
-    system = "Give the expression inside <answer> tags, for example <answer>3*4+5</answer>."
-
-    def __init__(self, cfg):
-        super().__init__(cfg)
-        examples = {}
-        rng = random.Random("countdown")
-        while len(examples) < 4096:
-            numbers = [rng.randint(1, 20) for _ in range(3)]
-            target = calculate("".join(str(n) + rng.choice("+-*") for n in numbers)[:-1])
-            if 0 < target <= 100:
-                prompt = f"Use {', '.join(map(str, numbers))} to make {target}."
-                examples[prompt] = {"prompt": prompt, "answer": target, "numbers": numbers}
-        self.train, self.heldout = list(examples.values())[512:], list(examples.values())[:512]
-
-    def correct(self, episode: Episode) -> float:
-        """1 if the expression has the target's value and uses no number too often, else 0."""
-        found = re.findall(r"<answer>(.*?)</answer>", episode.text, re.DOTALL)
-        expression = (found[-1] if found else episode.text.strip().rpartition("\n")[2]).strip()
-        if calculate(expression) != episode.problem["answer"]:
-            return 0.0
-        left = list(episode.problem["numbers"])
-        for n in map(int, re.findall(r"\d+", expression)):
-            if n not in left:
-                return 0.0
-            left.remove(n)
-        return 1.0
-
-
-def number(text: str) -> float | None:
-    """`$1,234.5` or `1e6` -> float; None if it is no finite number."""
-    try:
-        value = float(re.sub(r"[$,\s]", "", text))
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def math_answer(episode: Episode) -> float:
-    """1 if the first <answer> is the target within 1e-6, 0.1 if it stands outside tags, else 0."""
-    target, text = number(str(episode.problem["answer"])), episode.text
-    if target is None:
-        return 0.0
-    tagged = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    given = number(tagged[1]) if tagged else None
-    if given is not None and abs(given - target) <= 1e-6:
-        return 1.0
-    outside = re.sub(r"<answer>.*?</answer>", " ", text, flags=re.DOTALL)
-    values = (number(n) for n in re.findall(r"-?\$?\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?", outside))
-    return 0.1 if any(v is not None and abs(v - target) <= 1e-6 for v in values) else 0.0
-
-
-def thinking(episode: Episode) -> float:
-    """1 for a non-empty <think> block, 0.2 for an empty one or a single tag, else 0."""
-    block = re.search(r"<think>(.*?)</think>", episode.text, re.DOTALL)
-    if block and block[1].strip():
-        return 1.0
-    return 0.2 if re.search(r"</?think>", episode.text) else 0.0
-
-
-class GSM8K(Task):
-    """Grade-school maths (arXiv 2110.14168), from `task_data` or the hub."""
-
-    system = (
-        "Think step by step inside <think> and </think> tags, "
-        "then give the final number inside <answer> and </answer>."
-    )
-
-    def __init__(self, cfg):
-        super().__init__(cfg)
-        self.rewards = [math_answer, thinking]
-        source = cfg.task_data or "openai/gsm8k:main"
-        self.train, self.heldout = (self.load(source, split) for split in ("train", "test"))
-
-    @staticmethod
-    def load(source: str, split: str) -> list[dict]:
-        """Examples of GSM8K's own format: the answer is what stands behind `#### `."""
-        examples = []
-        for where, e in read_examples(source, split):
-            if "question" not in e or "#### " not in str(e.get("answer")):
-                raise UserError(f"{where}: needs a question, and an answer with '#### '")
-            examples.append({"prompt": e["question"], "answer": e["answer"].rpartition("#### ")[2]})
-        return examples
+FILES = (".jsonl", ".json", ".parquet")  # what read_examples reads; .json is read as JSONL
+TASKS = {  # by name; the examples are files to copy
+    "calculator": Calculator,
+    "countdown": "examples/countdown.py:Countdown",
+    "gsm8k": "examples/gsm8k.py:GSM8K",
+    "sum_digits": "examples/sum_digits.py:SumDigits",
+}
 
 
 class FileTask(Task):
@@ -261,12 +166,6 @@ class FileTask(Task):
             count = f"{len(order)} different prompts"
             raise UserError(f"{cfg.task}: {count}; one in ten is held out, so 10 at least")
         self.train, self.heldout = order[:-held], order[-held:]
-
-
-# ---------------------------------------------------------------- files and names
-
-FILES = (".jsonl", ".json", ".parquet")  # what read_examples reads; .json is read as JSONL
-TASKS = {"calculator": Calculator, "sum_digits": SumDigits, "countdown": Countdown, "gsm8k": GSM8K}
 
 
 def read_examples(source: str, split: str) -> list[tuple[str, dict]]:
@@ -318,10 +217,12 @@ def read_jsonl(path: pathlib.Path) -> list[tuple[str, dict]]:
 
 def find_task(name: str):
     """What makes the task of that name from the settings. UserError if there is nothing."""
-    if name in TASKS:
-        return TASKS[name]
-    if ".py:" in name:
-        return load_symbol(name, "task")
+    place = TASKS.get(name, name)
+    if not isinstance(place, str):
+        return place
+    if ".py:" in place:
+        here = pathlib.Path(__file__).parent if name in TASKS else pathlib.Path()
+        return load_symbol(str(here / place), "task")
     if name.endswith(FILES):
         if not pathlib.Path(name).exists():
             raise UserError(f"task={name}: no such file")

@@ -8,6 +8,9 @@ from conftest import SHARED
 
 import tasks
 from data import pieces
+from examples.countdown import Countdown
+from examples.gsm8k import GSM8K, math_answer, number, thinking
+from examples.sum_digits import SumDigits
 from runtime import UserError
 from tasks import Episode
 
@@ -49,7 +52,7 @@ def test_calculator_reward(calculator):
 
 
 def test_heldout_problems_share_no_prompt_with_training():
-    for make in (tasks.Calculator, tasks.SumDigits, tasks.Countdown):
+    for make in (tasks.Calculator, SumDigits, Countdown):
         task = make(cfg())
         train, heldout = ({e["prompt"] for e in split} for split in (task.train, task.heldout))
         assert len(heldout) >= 256 and not train & heldout, make.__name__
@@ -80,12 +83,12 @@ def test_demonstrations_are_right_and_hold_both_strategies(calculator):
 
 
 def test_sum_of_digits():
-    task = tasks.SumDigits(cfg())
+    task = SumDigits(cfg())
     assert all(e["answer"] == f"#{sum(map(int, e['prompt'][:-1]))}" for e in task.train[:100])
 
 
 def test_countdown():
-    task = tasks.Countdown(cfg())
+    task = Countdown(cfg())
     problem = dict(numbers=[3, 4, 5])
     assert task.correct(say("so <answer>3*4+5</answer>", 17, **problem)) == 1
     assert task.correct(say("3*4+5", 17, **problem)) == 1
@@ -119,7 +122,7 @@ def test_countdown():
     ],
 )
 def test_math_answer(text, target, reward):
-    assert tasks.math_answer(say(text, target)) == reward
+    assert math_answer(say(text, target)) == reward
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,7 @@ def test_math_answer(text, target, reward):
     ],
 )
 def test_thinking(text, reward):
-    assert tasks.thinking(say(text)) == reward
+    assert thinking(say(text)) == reward
 
 
 def examples(n=20):
@@ -185,22 +188,22 @@ def test_parquet_and_jsonl_are_read_alike(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / "jsonl" / f"{split}.jsonl", *rows)
         datasets.Dataset.from_list(rows).to_parquet(tmp_path / "parquet" / f"{split}.parquet")
-    a, b = (tasks.GSM8K(cfg(task_data=str(tmp_path / kind))) for kind in ("jsonl", "parquet"))
+    a, b = (GSM8K(cfg(task_data=str(tmp_path / kind))) for kind in ("jsonl", "parquet"))
     assert a.train == b.train and a.train[3] == {"prompt": "q3", "answer": "3"}
 
 
 @pytest.mark.skipif(not (SHARED / "data/gsm8k").exists(), reason="no GSM8K files here")
 def test_gsm8k():
-    task = tasks.GSM8K(cfg(task_data=str(SHARED / "data/gsm8k")))
+    task = GSM8K(cfg(task_data=str(SHARED / "data/gsm8k")))
     assert (len(task.train), len(task.heldout)) == (7473, 1319)
-    assert all(tasks.number(e["answer"]) is not None for e in task.train + task.heldout)
+    assert all(number(e["answer"]) is not None for e in task.train + task.heldout)
 
 
 def test_two_rewards_of_one_name(tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(
         "import tasks\n"
-        "class Mine(tasks.SumDigits):\n"
+        "class Mine(tasks.Calculator):\n"
         "    def __init__(self, cfg):\n"
         "        super().__init__(cfg)\n"
         "        self.rewards = [lambda e: 1, self.correct, lambda e: 2]\n"
@@ -211,7 +214,7 @@ def test_two_rewards_of_one_name(tmp_path):
 
 def test_a_user_task_and_a_wrong_name(tmp_path):
     mine = tmp_path / "mine.py"
-    mine.write_text("import tasks\nclass Mine(tasks.SumDigits):\n    pass\n")
+    mine.write_text("import tasks\nclass Mine(tasks.Calculator):\n    pass\n")
     right = [*tasks.TASKS, f"{mine}:Mine", write(tmp_path / "data.jsonl", *examples())]
     for name in right:
         tasks.check_task(cfg(task=name))
