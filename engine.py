@@ -79,6 +79,7 @@ class Engine:
                 max_num_seqs=cfg.max_num_seqs,
                 gpu_memory_utilization=cfg.gpu_memory_utilization,
                 enforce_eager=cfg.enforce_eager or not world.cuda,
+                enable_sleep_mode=world.cuda and world.colocated and cfg.sleep == "auto",
                 logprobs_mode="processed_logprobs",  # temperature applied, as the trainer does
                 async_scheduling=False,  # borders between two versions are exact
                 # A prompt cut in two makes vLLM rewind the row's random state, which its CPU
@@ -119,6 +120,21 @@ class Engine:
         """Name -> tokens sampled. Reads vLLM's insides: test_inflight fails if they move."""
         states = self.core.output_processor.request_states.values()
         return {s.external_req_id: s.detokenizer.num_output_tokens() for s in states}
+
+    def abort(self, name: str):
+        self.core.abort_request([name])
+
+    def sleep(self):
+        """Give weights and cache back to the GPU; no request may be left. CUDA only."""
+        assert not self.busy(), "a sleeping engine forgets its rows"
+        self.llm.sleep(level=2)  # weights come with every sync, so no copy of them is kept
+
+    def wake(self, part: str):
+        """Map "weights" or "kv_cache" again, with anything in it. torch holds on to memory that it
+        has freed: it gives that back first.
+        """
+        torch.cuda.empty_cache()
+        self.llm.wake_up(tags=[part])
 
     def recompute(self):
         """Running rows forget their cache and prefill again under the present weights."""

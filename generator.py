@@ -31,6 +31,7 @@ class Generator:
         half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and world.cuda)
         self.dtype = torch.bfloat16 if half else torch.float32
         self.version, self.loaded = version - 1, False  # dummy weights until the first sync
+        self.sleeps = world.colocated and world.cuda and cfg.sleep == "auto"
         if not world.generates:
             return
         self.rows: dict[str, Row] = {}  # in the engine, by request name
@@ -69,15 +70,27 @@ class Generator:
         if self.world.generates:
             self.engine.load(tensors)
 
+    def wake(self, part: str):
+        """Take back the memory of "weights" or "kv_cache", which slept while the rank trained."""
+        if self.sleeps and self.loaded:
+            self.engine.wake(part)
+
     def new_version(self):
-        """New weights are in. Running rows go on: remember which tokens are the old version's."""
+        """New weights are in. Running rows go on: remember which tokens are the old version's.
+
+        Rows that wait for their first token start again, so that no cache of the old weights is
+        under a row that is all of the new version.
+        """
         self.version, self.loaded = self.version + 1, True
         if not self.world.generates:
             return
-        if self.world.leads:
-            for name, count in self.engine.sampled_so_far().items():
-                if count:
-                    self.rows[name].borders.append((count, self.version - 1))
+        for name, count in self.engine.sampled_so_far().items():
+            if not count:
+                self.engine.abort(name)
+            if self.world.leads and count:
+                self.rows[name].borders.append((count, self.version - 1))
+            elif self.world.leads:
+                self.submit(self.rows[name])
         if self.cfg.inflight == "recompute":  # "keep": they keep the cache of the old weights
             self.engine.recompute()
         if self.world.leads and self.evaluates(self.version):
@@ -177,7 +190,8 @@ class Generator:
         self.submit(row)
 
     def room(self, row: Row) -> int:
-        return self.cfg.max_new_tokens - (len(row.tokens) - row.prompt_length)
+        most = row.episode.problem.get("max_new_tokens", self.cfg.max_new_tokens)
+        return min(most, self.cfg.max_new_tokens) - (len(row.tokens) - row.prompt_length)
 
     def submit(self, row: Row):
         """Ask for the row's next turn at the next engine step."""
@@ -293,15 +307,14 @@ class Generator:
             self.step()
 
     def step(self):
-        start = time.time()
         if self.engine.busy():
             for turn in self.engine.step():
                 if self.world.leads:
                     self.turn_ended(*turn)
-            self.world.spent("generate", time.time() - start)
+            self.world.lap("generate")
         else:
             time.sleep(0.0005)  # all rows are with the task, or there is nothing to do
-            self.world.spent("generator idle", time.time() - start)
+            self.world.lap("idle")
 
     def collect(self, step: int) -> Rollouts:
         """Run until batch `step` is complete, rewards included; later batches stay in the engine.
@@ -309,15 +322,18 @@ class Generator:
         Returns this engine's rows of the batch (whole groups), sorted. No rows on a rank without
         an engine, or once the run was told to stop.
         """
+        names = [reward_name(f) for f in self.task.rewards]
         if not self.world.generates:
-            return Rollouts()
+            return from_rows([], names)
         with self.world.span("collect"):
             ready = lambda: self.batch > step and not self.open.get(step)  # noqa: E731
             self.run_until(lambda: self.world.stopping or ready())
+            if self.sleeps and not self.world.stopping:
+                self.finish_evaluation()  # no row outlives the cache
+                self.engine.sleep()
             rows = [] if self.world.stopping else self.complete.pop(step, [])
             rows.sort(key=lambda r: r.key)
-            names = [reward_name(f) for f in self.task.rewards]
-            table = from_rows(rows, names) if rows else Rollouts()
+            table = from_rows(rows, names)
             samples = [sample(i, row) for i, row in enumerate(rows[: self.cfg.log_samples])]
             table.info = {**self.report(), "samples": samples}
             table.info["refills"] = self.refills.pop(step, [])

@@ -80,6 +80,8 @@ class Config:
     # who does it
     num_generators: int = 1  # ranks that generate; the others train; 0: every rank does both
     tensor_parallel_size: int = 1  # ranks per engine
+    trainer_replicas: int = 1  # copies of the model (HSDP); each is sharded over trainers / copies
+    sleep: Literal["auto", "no"] = "auto"  # auto: a GPU that does both frees the engine's memory
     max_policy_age: int = 0  # versions that a token may be old when trained; 0: on-policy
     inflight: Literal["keep", "recompute"] = "keep"  # a running row's cache at new weights
     deterministic: bool = False  # same command, same seed, same ranks, CPU: bitwise the same run
@@ -126,9 +128,10 @@ def check(cfg: Config, world):
         raise UserError(
             f"minibatches={cfg.minibatches}: prompts_per_step={cfg.prompts_per_step} is the most"
         )
-    if world.colocated and cfg.max_policy_age:
+    if world.colocated and world.cuda and cfg.sleep == "auto" and cfg.max_policy_age:
         raise UserError(
-            f"max_policy_age={cfg.max_policy_age}: ranks that also train cannot sample ahead; use 0"
+            f"max_policy_age={cfg.max_policy_age}: an engine that sleeps while its rank trains "
+            "keeps no rows; use 0, or --sleep=no where the GPU holds engine and trainer at once"
         )
     ones = "prompts_per_step group_size max_prompt_tokens max_new_tokens max_turns task_workers"
     ones += " eval_samples max_num_seqs tokens_per_microbatch sync_bucket_mb epochs_per_batch"

@@ -236,7 +236,7 @@ def build_policy(cfg, world, frozen: str | None = None) -> Policy:
     if cfg.activation_checkpointing and not frozen:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     shard = {
-        "mesh": DeviceMesh.from_group(world.trainers, world.device.type, mesh=world.trainer_ranks),
+        "mesh": trainer_mesh(world),
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=None if frozen or compute == master else compute,
             reduce_dtype=master,
@@ -256,6 +256,16 @@ def build_policy(cfg, world, frozen: str | None = None) -> Policy:
             module.set_gradient_divide_factor(1.0)  # sums: the loss has its global divisor
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     return policy
+
+
+def trainer_mesh(world) -> DeviceMesh:
+    """One dimension, over which FSDP2 shards; with replicas two: HSDP copies over the first."""
+    if len(world.mesh) == 1:
+        return DeviceMesh.from_group(world.trainers, world.device.type, mesh=world.trainer_ranks)
+    names = ("copies", "shards")
+    return DeviceMesh.from_group(
+        world.mesh, world.device.type, mesh=torch.tensor(world.shards), mesh_dim_names=names
+    )
 
 
 def compute_dtype(cfg, world) -> torch.dtype:

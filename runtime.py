@@ -125,7 +125,7 @@ class World:
     train. With num_generators=0 every rank does both; with None (sft.py) nobody generates.
     """
 
-    def __init__(self, num_generators: int | None, tensor_parallel_size: int = 1):
+    def __init__(self, num_generators=None, tensor_parallel_size=1, trainer_replicas=1):
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             script = os.path.basename(sys.argv[0])
             raise UserError(
@@ -155,6 +155,15 @@ class World:
         self.colocated = num_generators == 0
         self.trainer_ranks = list(range(first_trainer, self.size))
         self.first_trainer, self.num_trainers = first_trainer, len(self.trainer_ranks)
+        shard, left = divmod(self.num_trainers, max(trainer_replicas, 1))
+        if trainer_replicas < 1 or left:
+            raise UserError(
+                f"trainer_replicas={trainer_replicas} must divide the {self.num_trainers} trainers"
+            )
+        # Consecutive ranks hold the shards of one copy of the model, so they can be of one node.
+        self.shards = [
+            self.trainer_ranks[i : i + shard] for i in range(0, self.num_trainers, shard)
+        ]
         self.trains, self.writes = self.rank >= first_trainer, self.rank == first_trainer
         self.trainer_index = self.rank - first_trainer
         generators = self.trainer_ranks if self.colocated else list(range(first_trainer))
@@ -175,10 +184,10 @@ class World:
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", self.local_rank) if self.cuda else torch.device("cpu")
         self.stopping = False  # a signal came: finish what must not be torn, save, leave
-        # Since the last gather: seconds by what they were spent on, and (name, start, end) spans.
+        # Seconds since the start, each in one phase; since the last gather, (name, start, end).
         self.clock: dict[str, float] = {}
         self.spans: list[tuple[str, float, float]] = []
-        self.phase = "start"
+        self.phase, self.border = "start", time.time()
         self.buckets = None  # how weights travel: planned by the first sync
         self.meanwhile = None  # run_until(done): what a generator does while it waits for others
 
@@ -194,18 +203,23 @@ class World:
         def group(name, ranks, backend):
             return dist.new_group(ranks, backend=backend, timeout=LONG, group_desc=name)
 
+        def own(name, blocks, backend):  # a group for each block; every rank makes them all
+            made = {tuple(ranks): group(name, ranks, backend) for ranks in blocks}
+            return next((made[ranks] for ranks in made if self.rank in ranks), None)
+
         everyone = list(range(self.size))
         self.control = group("control", everyone, "gloo")  # tables, headers, objects
         self.arrivals = group("arrivals", everyone, "gloo")  # non-blocking barriers, nothing else
         self.trainers = group("trainers", self.trainer_ranks, device_backend)
+        self.mesh = [self.trainers]  # FSDP's group; with copies of the model HSDP's two
+        if len(self.shards) > 1:
+            same_shard = [list(ranks) for ranks in zip(*self.shards)]
+            self.mesh = [own("mesh", b, device_backend) for b in (same_shard, self.shards)]
         weights = sorted({*self.generator_ranks, self.first_trainer})
         apart = bool(self.generator_ranks) and not self.colocated
         self.carries_weights = apart and self.rank in weights
         self.weights = group("weights", weights, device_backend)
-        for ranks in self.engines:
-            made = group(f"engine {ranks[0]}", ranks, "gloo")
-            if self.rank in ranks:
-                self.engine_group = made
+        self.engine_group = own("engine", self.engines, "gloo")
 
     def arrive(self, name: str):
         """Wait for every rank; a generator goes on with its rows until all are here. Collective."""
@@ -231,18 +245,23 @@ class World:
             return self.store.check([f"nanoforge/{self.restart}/failures"])
         return False
 
-    def spent(self, name: str, seconds: float):
-        self.clock[name] = self.clock.get(name, 0.0) + seconds
+    def lap(self, name: str | None = None):
+        """The time since the last lap or border of a phase was spent on `name`, else on the phase:
+        each second stands once in `clock`.
+        """
+        now, name = time.time(), name or self.phase
+        self.clock[name] = self.clock.get(name, 0.0) + now - self.border
+        self.border = now
 
     @contextlib.contextmanager
     def span(self, name: str):
-        """Time a phase: adds to `clock`, and to the spans that become trace.json."""
-        before, self.phase, start = self.phase, name, time.time()
+        """A phase, for `clock` (less the phases inside it) and the spans that become trace.json."""
+        self.lap()
+        before, self.phase, start = self.phase, name, self.border
         yield
+        self.lap()
         self.phase = before  # not after an exception: its message names the phase it happened in
-        end = time.time()
-        self.spent(name, end - start)
-        self.spans.append((name, start, end))
+        self.spans.append((name, start, self.border))
 
     def close(self):
         """Leave together, so that nobody's group dies under another's last message."""
@@ -292,7 +311,8 @@ def launch(main, config_class, check):
     world = run = None
     try:
         cfg = settings(config_class, sys.argv[1:])
-        world = World(getattr(cfg, "num_generators", None), getattr(cfg, "tensor_parallel_size", 1))
+        ranks = ("num_generators", "tensor_parallel_size", "trainer_replicas")
+        world = World(**{name: getattr(cfg, name) for name in ranks if hasattr(cfg, name)})
         check(cfg, world)
         if cfg.resume not in ("no", "auto") and not is_checkpoint(pathlib.Path(cfg.resume)):
             raise UserError(f"resume={cfg.resume}: not a checkpoint; give its folder, auto or no")

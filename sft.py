@@ -37,6 +37,7 @@ class Config:
     rows_per_step: int = 64  # examples in a batch
     max_tokens: int = 64  # longer examples are left out and counted
     # how
+    trainer_replicas: int = 1  # copies of the model (HSDP); each is sharded over trainers / copies
     lr: float = 2e-3  # peak learning rate
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
     lr_min_ratio: float = 0.0  # share of the peak at the last step

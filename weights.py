@@ -83,8 +83,10 @@ def sync(trainer, generator, world):
         if world.buckets is None:
             limit = generator.cfg.sync_bucket_mb * 2**20 // generator.dtype.itemsize
             world.buckets = world.agree(plan_buckets(trainer, limit) if world.trains else None)
+        generator.wake("weights")
         for views in buckets_through(trainer, world, generator.dtype):
             generator.load(views)
+        generator.wake("kv_cache")
         generator.new_version()
     if generator.cfg.check_weights:
         with world.span("check"):

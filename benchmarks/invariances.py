@@ -23,7 +23,8 @@ def measure(out: str, model: str, full: bool = True) -> list[dict]:
     cells = []
     for ranks in (1, 2, 3):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        script = [str(ROOT / "tests/gradient_ranks.py"), out, model, "--full" if full else ""]
+        script = [str(ROOT / "tests/gradient_ranks.py"), out, model, str(ranks)]
+        script += ["--full"] if full else []
         command = [*launcher, f"--nproc_per_node={ranks}", *script]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=ROOT, env=env, check=True, stderr=subprocess.DEVNULL)

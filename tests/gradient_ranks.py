@@ -1,9 +1,11 @@
 """One batch, every way to split it: the clipped gradient of a step, and the weights after it.
 
-    torchrun --nproc_per_node=N tests/gradient_ranks.py OUT MODEL [--full]
+    torchrun --nproc_per_node=N tests/gradient_ranks.py OUT MODEL NAME [--full] [KEY=VALUE ...]
 
-With one rank it also leaves OUT/reference.pt (float64, one micro-batch, dense head), which the runs
-on more ranks are compared with. Writes OUT/N.json: one object per cell, with relative differences.
+The keys are of the ranks (num_generators, tensor_parallel_size, trainer_replicas): engines
+bring the rows, whole groups each; without them the first trainer has all. Where there is none yet,
+it leaves OUT/reference.pt (float64, one micro-batch, dense head), which later runs are compared
+with. Writes OUT/NAME.json: one object per cell, with relative differences.
 """
 
 import itertools
@@ -87,6 +89,8 @@ class Bench:
     def __init__(self, world, **settings):
         self.world, self.cfg = world, grpo.Config(**settings)
         self.trainer = Trainer(self.cfg, world)
+        if not world.trains:
+            return
         self.parameters = list(self.trainer.policy.parameters())
         self.first = [p.detach().clone() for p in self.parameters]
         self.trainer.optimizer = torch.optim.SGD(self.parameters, lr=self.cfg.lr)
@@ -106,12 +110,16 @@ class Bench:
         for name, value in {**defaults, "minibatches": 1, **VARIANTS[variant]}.items():
             setattr(cfg, name, value)
         grpo.resolve_loss(cfg)
-        self.trainer.policy.chunk = chunk
-        rows = Rollouts()
-        if self.world.leads:
+        rows, world = Rollouts(), self.world
+        if world.leads:
             rows = batch().take([0, 2]) if "fewer rows" in variant else batch()
+            mine = rows.index % max(len(world.engines), 1) == max(world.engine, 0)
+            rows = rows.take(mine.nonzero().flatten())
             rows.share = losses.shares(rows, cfg)
-        rows = gather(rows, self.world, budget, cfg.minibatches)
+        rows = gather(rows, world, budget, cfg.minibatches)
+        if not world.trains:
+            return None
+        self.trainer.policy.chunk = chunk
         if len(rows):  # another policy's log-probs, for the KL
             rows.ref_logprobs = (rows.logprobs + 0.3 * rows.tokens.sin()) * rows.mask
         loss = losses.policy_loss(losses.LOSSES[cfg.loss])
@@ -131,10 +139,11 @@ def cells(full: bool):
     return list(every) if full else SAMPLE
 
 
-def main(out: str, model: str, full: bool):
-    world, out = World(None), pathlib.Path(out)
+def main(out: str, model: str, name: str, full: bool, **ranks: int):
+    world, out = World(**ranks), pathlib.Path(out)
     world.connect()
-    reference = torch.load(out / "reference.pt") if world.size > 1 else {}
+    first = not (out / "reference.pt").exists()
+    reference = {} if first else torch.load(out / "reference.pt")
     found, bench, built = [], None, None
     for dtype, checkpointing, budget, chunk in cells(full):
         if built != (dtype, checkpointing):
@@ -143,9 +152,10 @@ def main(out: str, model: str, full: bool):
             bench = Bench(world, **same, dtype=dtype, activation_checkpointing=checkpointing)
         for variant in VARIANTS:
             for planted in (False, True) if budget == "several" else (False,):
-                gradient, moved, metrics = bench.step(
-                    variant, BUDGETS[budget], CHUNKS[chunk], planted
-                )
+                result = bench.step(variant, BUDGETS[budget], CHUNKS[chunk], planted)
+                if result is None:  # this rank has no part in training
+                    continue
+                gradient, moved, metrics = result
                 truth = reference.setdefault(variant, (gradient, moved, metrics))
                 off = [float((a - b).norm() / b.norm()) for a, b in zip((gradient, moved), truth)]
                 same = {
@@ -154,19 +164,20 @@ def main(out: str, model: str, full: bool):
                     if not isinstance(v, list)
                 }
                 found.append(
-                    {"ranks": world.size, "dtype": dtype, "checkpointing": checkpointing}
+                    {"ranks": name, "dtype": dtype, "checkpointing": checkpointing}
                     | {"budget": budget, "chunk": chunk, "variant": variant, "planted": planted}
                     | {"norm": float(gradient.norm()), "gradient": off[0], "weights": off[1]}
                     | {"metrics": [k for k, ok in same.items() if not ok]}
                 )
     if world.writes:
-        (out / f"{world.size}.json").write_text(json.dumps(found))
-        if world.size == 1:
+        (out / f"{name}.json").write_text(json.dumps(found))
+        if first:
             torch.save(reference, out / "reference.pt")
     world.close()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], "--full" in sys.argv)
+    settings = (argument.split("=") for argument in sys.argv[4:] if "=" in argument)
+    main(*sys.argv[1:4], "--full" in sys.argv, **{k: int(v) for k, v in settings})
     sys.stdout.flush()
     os._exit(0)

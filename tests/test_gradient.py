@@ -1,5 +1,6 @@
-"""The gradient of a step is the same however the batch is split: ranks, micro-batches, head chunks,
-checkpointing, for every loss. `benchmarks/invariances.py` runs the whole table.
+"""The gradient of a step is the same however the batch is split: ranks, engines that bring rows,
+copies of the model, micro-batches, head chunks, checkpointing, for every loss.
+`benchmarks/invariances.py` runs the whole table.
 """
 
 import json
@@ -7,17 +8,32 @@ import json
 import pytest
 from conftest import run
 from gradient_ranks import SAMPLE, VARIANTS
+from topologies import TOPOLOGIES
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 
 
+RANKS = {  # name -> ranks, settings; the first is what the others are compared with
+    "1": (1, {}),
+    "1 + 2": TOPOLOGIES["1 + 2"],
+    "3": (3, {}),
+    "4 as 2 copies": (4, {"trainer_replicas": 2}),
+}
+MORE = {**TOPOLOGIES, "2 x TP 2 + 2 copies": (6, {"num_generators": 4, "trainer_replicas": 2})}
+
+
+def measure(out, model, name, ranks, settings) -> list[dict]:
+    words = [f"{k}={v}" for k, v in settings.items()]
+    done = run(ranks, "tests/gradient_ranks.py", str(out), model, name, *words, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((out / f"{name}.json").read_text())
+
+
 @pytest.fixture(scope="module")
-def cells(tiny, tmp_path_factory):
+def cells(tiny, tmp_path_factory, request):
     out = tmp_path_factory.mktemp("gradients")
-    for ranks in (1, 2, 3):
-        done = run(ranks, "tests/gradient_ranks.py", str(out), tiny("qwen2"), timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-    found = [c for ranks in (1, 2, 3) for c in json.loads((out / f"{ranks}.json").read_text())]
+    every = {**RANKS, **MORE} if request.config.getoption("--long") else RANKS
+    found = [c for name, how in every.items() for c in measure(out, tiny("qwen2"), name, *how)]
     for c in found:  # pytest shows them when a test fails
         print({k: v for k, v in c.items() if k != "metrics"})
     return found
@@ -26,7 +42,7 @@ def cells(tiny, tmp_path_factory):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_and_weights_do_not_depend_on_the_split(cells, variant):
     mine = [c for c in cells if c["variant"] == variant and not c["planted"]]
-    assert len(mine) == 3 * len(SAMPLE)
+    assert len(mine) == len({c["ranks"] for c in cells}) * len(SAMPLE) >= 4 * len(SAMPLE)
     for c in mine:
         assert c["norm"] > 1e-3, c
         assert max(c["gradient"], c["weights"]) < TOLERANCE[c["dtype"]], c

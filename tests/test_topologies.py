@@ -1,22 +1,22 @@
-"""Every topology trains the same groups, each once: a sample of {ranks} x {engines} x {ages}."""
+"""Every topology trains the same groups, each once: {ranks} x {ages}, three steps each.
+
+`make test` has a sample in which each topology and each age stands once; `make test-all` has all,
+and runs benchmarks/topologies.py, where each learns the default task.
+"""
+
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import lines, run, trace
+from conftest import ROOT, lines, run, trace
 from test_runs import SMALL, evaluations, good, learned
+from topologies import AGES, TOPOLOGIES, flags
 
 from rollouts import load_rollouts
 
-TP, AGE = "--tensor_parallel_size=", "--max_policy_age="
-TOPOLOGIES = {  # name -> ranks, engines, trainers, greatest age, settings
-    "both on two ranks": (2, 2, 2, 0, ["--num_generators=0"]),
-    "two engines": (3, 2, 1, 0, ["--num_generators=2"]),
-    "age 1": (2, 1, 1, 1, [AGE + "1"]),
-    "two trainers, age 3": (3, 1, 2, 3, [AGE + "3"]),
-    "tensor parallel": (3, 1, 1, 0, ["--num_generators=2", TP + "2"]),
-    "two tensor parallel, age 1": (5, 2, 1, 1, ["--num_generators=4", TP + "2", AGE + "1"]),
-}
-QUICK = ("both on two ranks", "two engines")
+QUICK = [("2 colocated", 1), ("2 + 1", 3), ("TP 2 + 1", 0)]
+CASES = [(name, age) for name in TOPOLOGIES for age in AGES if (name, age) != ("1 colocated", 0)]
 STEPS, EQUALS = 3, 16  # the token that ends a prompt
 
 
@@ -39,12 +39,18 @@ def one_rank(tmp_path_factory):
     return start(tmp_path_factory.mktemp("one") / "r", 1, [])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.long) for n in TOPOLOGIES]
-)
-def test_every_group_is_trained_once(one_rank, tmp_path, name):
-    ranks, engines, trainers, limit, settings = TOPOLOGIES[name]
-    folder = start(tmp_path / "r", ranks, settings)
+def case(name, age):
+    long = [] if (name, age) in QUICK else pytest.mark.long
+    return pytest.param(name, age, marks=long, id=f"{name}, age {age}")
+
+
+@pytest.mark.parametrize(("name", "limit"), [case(*c) for c in CASES])
+def test_every_group_is_trained_once(one_rank, tmp_path, name, limit):
+    ranks, settings = TOPOLOGIES[name]
+    folder = start(tmp_path / "r", ranks, [*flags(settings), f"--max_policy_age={limit}"])
+    generators = settings["num_generators"] or ranks
+    engines = generators // settings.get("tensor_parallel_size", 1)
+    trainers = ranks - settings["num_generators"]
     oldest, metrics = 0, learned(folder)
     for step in range(STEPS):
         table, expected = (load_rollouts(f / f"rollouts/{step}") for f in (folder, one_rank))
@@ -56,12 +62,28 @@ def test_every_group_is_trained_once(one_rank, tmp_path, name):
         age = step - table.version[table.mask]
         oldest = max(oldest, int(age.max()))
         assert age.min() >= 0 and metrics[step]["policy_age_max"] == age.max()
-        if step == 0:  # the same weights, so the same words
+        if limit == 0 or step == 0:  # the same weights, so the same words
             assert rows(table) == rows(expected)
-            assert torch.allclose(table.advantage, expected.advantage)
+            assert torch.equal(table.reward, expected.reward)
             assert torch.allclose(table.logprobs, expected.logprobs, atol=1e-4)
     assert oldest <= limit and (oldest > 0) == (limit > 0)
     by = [x["slot"] % engines for x in lines(folder, "samples.jsonl") if x["step"] == 0]
     assert by == [e for e in range(engines) for _ in range(2)]  # every engine had its share
     assert [x["name"] for x in trace(folder)].count("check") == ranks * (STEPS + 1)  # bit-equal
     assert [(x["step"], x["eval_rows"]) for x in evaluations(folder)] == [(0, 12), (STEPS, 12)]
+
+
+def test_the_times_of_a_step_add_up(one_rank):
+    """What a rank waited, did and rested is its wall time; so of a rank that does both."""
+    for x in lines(one_rank):
+        if "reward" in x:
+            parts = ("generate_s", "train_s", "sync_s", "idle_trainer_s", "other_trainer_s")
+            assert all(x[p] >= 0 for p in parts) and x["generate_s"] > 0 < x["train_s"]
+            assert sum(x[p] for p in parts) == pytest.approx(x["step_s"])
+
+
+@pytest.mark.long
+def test_the_default_learns_on_every_topology(tmp_path):
+    """{7 topologies} x {ages 0, 1, 3}; benchmarks/RESULTS.md keeps the table."""
+    script = str(ROOT / "benchmarks/topologies.py")
+    subprocess.run([sys.executable, script, str(tmp_path)], cwd=ROOT, check=True)
