@@ -161,54 +161,6 @@ def test_an_earlier_run_is_kept(twice, tmp_path):
     assert (tmp_path / "r.1/model/model.safetensors").exists()
 
 
-def policy_at(folder, step, path):
-    """The exported architecture with the weights of a checkpoint."""
-    import torch.distributed.checkpoint as dcp
-
-    model = AutoModelForCausalLM.from_pretrained(path)
-    if step:
-        state = {"policy": {f"lm.{n}": p.data for n, p in model.named_parameters()}}
-        dcp.load(state, checkpoint_id=folder / "checkpoints" / f"step-{step}", no_dist=True)
-    return model
-
-
-def errors(policy, table, i):
-    """How far the sampled log-probs of row i are from those that `policy` computes."""
-    n, at = table.length[i], table.mask[i].nonzero().flatten()
-    with torch.no_grad():
-        logits = policy(input_ids=table.tokens[i : i + 1, :n]).logits[0]
-    return (logits.log_softmax(-1)[at - 1, table.tokens[i, at]] - table.logprobs[i, at]).abs()
-
-
-@pytest.mark.parametrize("inflight", ["keep", "recompute"])
-def test_inflight(tmp_path, inflight):
-    """Age 1: weights land while rows run, and each token is of the version its column names."""
-    slow = ["--max_num_seqs=16", "--prompts_per_step=24", "--group_size=8", "--max_policy_age=1"]
-    slow += ["--steps=4", "--lr=0.01", "--save_every=1", "--eval_size=0", f"--inflight={inflight}"]
-    folder = good(run(3, "grpo.py", *SMALL, *slow, f"--run_dir={tmp_path}/r"), tmp_path / "r")
-    policies = [policy_at(folder, step, ROOT / "assets/calculator") for step in range(4)]
-    before, stale, fresh = [], [], []  # errors of the sampled log-probs, by rows
-    for step in range(4):
-        table = load_rollouts(folder / "rollouts" / str(step))
-        age = step - table.version[table.mask]
-        assert age.min() >= 0 and age.max() <= 1
-        assert table.version[table.mask].min() >= 0  # nothing is sampled before the first sync
-        for i in range(len(table)):
-            sampled = table.version[i][table.mask[i]]
-            assert (sampled.diff() >= 0).all()
-            if sampled[0] == sampled[-1]:
-                continue
-            old, new = (errors(policies[int(v)], table, i) for v in (sampled[0], sampled[-1]))
-            before.append(float(old[sampled == sampled[0]].max()))
-            stale.append(float(old[sampled == sampled[-1]].max()))
-            fresh.append(float(new[sampled == sampled[-1]].max()))
-    assert len(before) >= 3, "no row was running when weights landed"
-    assert max(before) < 1e-4 < 1e-2 < max(stale)  # the old policy; behind the border another one
-    # What the old weights left in the cache shows, unless the new ones computed it again.
-    assert max(fresh) < 1e-4 if inflight == "recompute" else max(fresh) > 1e-3
-    assert any(x["policy_age"] > 0 for x in learned(folder))
-
-
 @pytest.mark.parametrize(("name", "eos", "max_turns"), [("llama", (2,), 4), ("qwen2", (2, 7), 1)])
 def test_other_architectures(tiny, tmp_path, name, eos, max_turns):
     """Untied heads, biases, several EOS ids: parity, and bit-equal weights after each sync."""

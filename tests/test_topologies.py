@@ -65,6 +65,7 @@ def test_every_group_is_trained_once(one_rank, tmp_path, name, limit):
         if limit == 0 or step == 0:  # the same weights, so the same words
             assert rows(table) == rows(expected)
             assert torch.equal(table.reward, expected.reward)
+        if step == 0:  # later Adam has made more of the gradients' rounding
             assert torch.allclose(table.logprobs, expected.logprobs, atol=1e-4)
     assert oldest <= limit and (oldest > 0) == (limit > 0)
     by = [x["slot"] % engines for x in lines(folder, "samples.jsonl") if x["step"] == 0]

@@ -1,0 +1,48 @@
+"""New weights between two engine steps: each token is of the version that its column names.
+
+Rows that run go on, under `keep` with the cache that the old weights left, under `recompute` with
+one that the new weights make again. Rows that wait for a place never see the old one.
+"""
+
+import pytest
+import torch
+from conftest import run
+from inflight_ranks import PLACES
+from transformers import AutoModelForCausalLM
+
+from rollouts import load_rollouts
+
+
+def errors(policy, table, i):
+    """How far the sampled log-probs of row i are from those that `policy` computes."""
+    n, at = table.length[i], table.mask[i].nonzero().flatten()
+    with torch.no_grad():
+        logits = policy(input_ids=table.tokens[i : i + 1, :n]).logits[0]
+    return (logits.log_softmax(-1)[at - 1, table.tokens[i, at]] - table.logprobs[i, at]).abs()
+
+
+@pytest.mark.parametrize("inflight", ["keep", "recompute"])
+def test_weights_that_land_among_running_rows(tmp_path, inflight):
+    done = run(1, "tests/inflight_ranks.py", str(tmp_path), inflight)
+    assert done.returncode == 0, done.stderr[-3000:]
+    policies = [AutoModelForCausalLM.from_pretrained(tmp_path / v) for v in "01"]
+    whole, before, stale, fresh = [], [], [], []  # largest errors, by rows
+    for step in range(2):
+        table = load_rollouts(tmp_path / f"rollouts/{step}")
+        for i in range(len(table)):
+            version = table.version[i][table.mask[i]]
+            assert (version.diff() >= 0).all() and set(version.tolist()) <= {0, 1}
+            old, new = (errors(policy, table, i) for policy in policies)
+            if version[0] == version[-1]:
+                whole.append((int(version[0]), float((old, new)[version[0]].max())))
+                continue
+            before.append(float(old[version == 0].max()))
+            stale.append(float(old[version == 1].max()))
+            fresh.append(float(new[version == 1].max()))
+    assert len(before) > PLACES // 2, "too few rows ran when the weights landed"
+    assert max(before) < 1e-4 < 1e-2 < max(stale)  # the old policy; behind the border another one
+    # What the old weights left in the cache shows, unless the new ones computed it again.
+    assert max(fresh) < 1e-4 if inflight == "recompute" else max(fresh) > 1e-3
+    waited = [error for version, error in whole if version == 1]
+    assert len(waited) > 24  # all of the second batch, and most of the first
+    assert max(error for _, error in whole) < 1e-4, "a row of one version read another's cache"
