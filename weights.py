@@ -128,7 +128,8 @@ def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torc
         tensors = {}
         for name, full in stream(trainer) if world.trains else ():
             if world.writes:
-                tensors[name] = full.to("cpu", dtype)
+                # A copy: of uneven shards the full tensor is a view of something larger.
+                tensors[name] = torch.empty(full.shape, dtype=dtype).copy_(full)
         if world.writes:
             final = pathlib.Path(folder)
             partial = final.with_name(f"partial-{final.name}")

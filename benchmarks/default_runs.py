@@ -43,9 +43,15 @@ def judge(folder: pathlib.Path) -> dict:
     rows = [x for x in lines if "reward" in x]
     evals = {x["step"]: x["eval_reward"] for x in lines if "eval_reward" in x}
     busy = rows[1:]  # the first step holds the start of the engine
+
+    def total(*names):
+        return sum(x[n] for x in busy for n in names)
+
+    apart = "other_generator_s" in busy[0]  # else the ranks do both, and have one clock
+    generators = ("generate_s", "idle_generator_s", "other_generator_s") if apart else ("step_s",)
     share = {
-        f"idle_{who}": sum(x[f"idle_{who}_s"] for x in busy) / sum(x["step_s"] for x in busy)
-        for who in ("generator", "trainer")
+        "idle_generator": total("idle_generator_s") / total(*generators),
+        "idle_trainer": total("idle_trainer_s") / total("step_s"),
     }
     return {
         "reward_first": rows[0]["reward"],

@@ -5,7 +5,7 @@
 The keys are of the ranks (num_generators, tensor_parallel_size, trainer_replicas): engines
 bring the rows, whole groups each; without them the first trainer has all. Where there is none yet,
 it leaves OUT/reference.pt (float64, one micro-batch, dense head), which later runs are compared
-with. Writes OUT/NAME.json: one object per cell, with relative differences.
+with. Writes OUT/NAME.json: one object per cell, with relative differences, and exports the model.
 """
 
 import itertools
@@ -20,6 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import grpo
 import losses
+import weights
 from rollouts import Rollouts, gather
 from runtime import World
 from trainer import Trainer
@@ -169,6 +170,7 @@ def main(out: str, model: str, name: str, full: bool, **ranks: int):
                     | {"norm": float(gradient.norm()), "gradient": off[0], "weights": off[1]}
                     | {"metrics": [k for k, ok in same.items() if not ok]}
                 )
+    weights.export(bench.trainer, out / f"{name}-model", world)
     if world.writes:
         (out / f"{name}.json").write_text(json.dumps(found))
         if first:

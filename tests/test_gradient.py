@@ -6,8 +6,10 @@ copies of the model, micro-batches, head chunks, checkpointing, for every loss.
 import json
 
 import pytest
+import torch
 from conftest import run
 from gradient_ranks import SAMPLE, VARIANTS
+from safetensors.torch import load_file
 from topologies import TOPOLOGIES
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
@@ -34,6 +36,9 @@ def cells(tiny, tmp_path_factory, request):
     out = tmp_path_factory.mktemp("gradients")
     every = {**RANKS, **MORE} if request.config.getoption("--long") else RANKS
     found = [c for name, how in every.items() for c in measure(out, tiny("qwen2"), name, *how)]
+    models = [load_file(out / f"{name}-model/model.safetensors") for name in every]
+    for model in models:  # the weights were put back: shards, even and uneven, make the same whole
+        assert all(torch.equal(values, models[0][name]) for name, values in model.items())
     for c in found:  # pytest shows them when a test fails
         print({k: v for k, v in c.items() if k != "metrics"})
     return found
