@@ -132,7 +132,8 @@ class Generator:
     # ------------------------------------------------------------ rows
 
     def admit(self):
-        """Take slots while this engine runs fewer rows than its share.
+        """Take slots while this engine has a free place, and fewer rows than its share of a batch:
+        whoever is quick takes more, so that engines finish together.
 
         Batch b is open once the weights have version b - max_policy_age, so that no token is
         older than that when it is trained.
@@ -141,7 +142,8 @@ class Generator:
             return
         share = self.cfg.prompts_per_step * self.cfg.group_size / len(self.world.engines)
         while self.batch < min(self.cfg.steps, self.version + self.cfg.max_policy_age + 1):
-            if len(self.rows) + len(self.jobs) - self.open.get(EVALUATION, 0) >= share:
+            running = len(self.rows) + len(self.jobs) - self.open.get(EVALUATION, 0)
+            if running >= share or len(self.rows) >= self.cfg.max_num_seqs:
                 return
             slot = self.take_slot(self.batch)
             if slot is None:

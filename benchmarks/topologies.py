@@ -44,6 +44,16 @@ def events(folder: pathlib.Path) -> list[dict]:
     return json.loads((folder / "trace.json").read_text().rstrip().rstrip(",") + "]")
 
 
+def engines_apart(folder: pathlib.Path, tp: int) -> float:
+    """Mean seconds between the first and the last engine that has its part of a batch."""
+    collects: dict[int, list[float]] = {}  # first rank of an engine -> ends, by batch
+    for e in events(folder):
+        if e["name"] == "collect" and e["pid"] % tp == 0:
+            collects.setdefault(e["pid"], []).append((e["ts"] + e["dur"]) / 1e6)
+    ends = [max(at) - min(at) for at in zip(*collects.values())][1:]  # the first has a start-up
+    return sum(ends) / max(len(ends), 1)
+
+
 def read_back(folder: pathlib.Path, steps: int, age: int, ranks: int, tp: int) -> dict:
     """What a run's tables, trace and metrics say about the promises of the loop."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/calculator")
@@ -59,20 +69,14 @@ def read_back(folder: pathlib.Path, steps: int, age: int, ranks: int, tp: int) -
             versions = table.version[i][table.mask[i]]
             ages += [int(step - versions.max()), int(step - versions.min())]
             mixed, rows = mixed + int(versions.min() < versions.max()), rows + 1
-    spans = [e for e in events(folder) if e["ph"] == "X"]
-    proofs = sum(e["name"] == "check" for e in spans)
-    collects: dict[int, list[float]] = {}  # rank -> when it had its part of each batch
-    for e in spans:
-        if e["name"] == "collect" and e["pid"] % tp == 0:
-            collects.setdefault(e["pid"], []).append((e["ts"] + e["dur"]) / 1e6)
-    ends = [max(at) - min(at) for at in zip(*collects.values())][1:]  # the first has a start-up
+    proofs = sum(e["name"] == "check" for e in events(folder))
     return {
         "once": bool(once),
         "in_age": min(ages) >= 0 and max(ages) <= age,
         "oldest": max(ages),
         "mixed": mixed / rows,
         "proven": proofs == ranks * (steps + 1),
-        "apart_s": sum(ends) / max(len(ends), 1),
+        "apart_s": engines_apart(folder, tp),
     }
 
 

@@ -71,3 +71,29 @@ def test_one_generator_one_trainer_on_two_gpus(tiny, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:] + logs(tmp_path / "r")
     metrics = [x for x in lines(tmp_path / "r") if "reward" in x]
     assert all(x["mismatch_kl"] < 0.01 for x in metrics)
+
+
+HUNGRY = """
+import losses, torch
+def hungry(logprobs, rows, cfg):
+    free, total = torch.cuda.mem_get_info()
+    torch.empty(total // 2, dtype=torch.uint8, device="cuda").fill_(1)
+    return losses.grpo(logprobs, rows, cfg)
+"""
+
+
+def test_one_gpu_sleeps_and_wakes(tiny, tmp_path):
+    """The engine has 0.7 of the card and the loss needs half of it: one of them has to sleep. After
+    it woke up its weights are the trainer's, and so are its log-probs.
+    """
+    from conftest import lines, logs, run
+
+    (tmp_path / "hungry.py").write_text(HUNGRY)
+    args = ["--steps=3", "--check_weights=true", "--enforce_eager=true", "--eval_every=1"]
+    args += [f"--loss={tmp_path}/hungry.py:hungry", "--gpu_memory_utilization=0.7", "--lr=1e-3"]
+    args += [f"--model={tiny('llama')}", f"--run_dir={tmp_path}/r", "--eval_size=16"]
+    done = run(1, "grpo.py", *args, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:] + logs(tmp_path / "r")
+    metrics = [x for x in lines(tmp_path / "r") if "reward" in x]
+    assert len(metrics) == 3 and all(x["mismatch_kl"] < 0.01 for x in metrics)
+    assert [x["step"] for x in lines(tmp_path / "r") if "eval_reward" in x] == [0, 1, 2, 3]
