@@ -194,6 +194,8 @@ class World:
     def connect(self):
         """Open the groups, in one order on every rank, before an engine is built. Collective."""
         if self.cuda:
+            if self.trains:  # freed memory goes back page by page, which a waking engine needs
+                os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
             torch.cuda.set_device(self.device)
         # No device_id: an eagerly bound NCCL splits communicators, which takes every rank.
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", timeout=LONG)

@@ -49,7 +49,7 @@ def main():
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     model = word_model(out / "model", 151_936, 2048, weights=False, **QWEN3, **HEADS)
-    share = 0.5 * args.gigabytes * 1e9 / torch.cuda.mem_get_info()[1]
+    share = 0.45 * args.gigabytes * 1e9 / torch.cuda.mem_get_info()[1]
     torch.cuda.init()
     mine = None
     print("| engine | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 1))
