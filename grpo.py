@@ -83,7 +83,7 @@ class Config:
     trainer_replicas: int = 1  # copies of the model (HSDP); each is sharded over trainers / copies
     sleep: Literal["auto", "no"] = "auto"  # auto: a GPU that does both frees the engine's memory
     max_policy_age: int = 0  # versions that a token may be old when trained; 0: on-policy
-    inflight: Literal["keep", "recompute"] = "keep"  # a running row's cache at new weights
+    inflight: Literal["keep", "recompute"] = "keep"  # the cache of a running row at new weights
     deterministic: bool = False  # same command, same seed, same ranks, CPU: bitwise the same run
     # how
     tokens_per_microbatch: int = 4096  # packed tokens of one forward and backward
