@@ -31,7 +31,7 @@ class Generator:
         half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and world.cuda)
         self.dtype = torch.bfloat16 if half else torch.float32
         self.version, self.loaded = version - 1, False  # dummy weights until the first sync
-        self.sleeps = world.colocated and world.cuda and cfg.sleep == "auto"
+        self.sleeps = world.generates and world.cuda and world.colocated and cfg.sleep == "auto"
         if not world.generates:
             return
         self.rows: dict[str, Row] = {}  # in the engine, by request name

@@ -272,6 +272,11 @@ class World:
             dist.destroy_process_group()
 
 
+def make_world(cfg) -> World:
+    names = ("num_generators", "tensor_parallel_size", "trainer_replicas")
+    return World(**{name: getattr(cfg, name) for name in names if hasattr(cfg, name)})
+
+
 # ---------------------------------------------------------------- start and end
 
 
@@ -313,8 +318,7 @@ def launch(main, config_class, check):
     world = run = None
     try:
         cfg = settings(config_class, sys.argv[1:])
-        ranks = ("num_generators", "tensor_parallel_size", "trainer_replicas")
-        world = World(**{name: getattr(cfg, name) for name in ranks if hasattr(cfg, name)})
+        world = make_world(cfg)
         check(cfg, world)
         if cfg.resume not in ("no", "auto") and not is_checkpoint(pathlib.Path(cfg.resume)):
             raise UserError(f"resume={cfg.resume}: not a checkpoint; give its folder, auto or no")

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 import grpo
 import sft
-from runtime import UserError, World, load_symbol, settings
+from runtime import UserError, World, load_symbol, make_world, settings
 
 MODEL = f"--model={ROOT}/assets/calculator"
 
@@ -32,7 +32,7 @@ def ranks(monkeypatch):
 
 def start(*argv, script=grpo):
     cfg = settings(script.Config, [MODEL, *argv])
-    world = World(getattr(cfg, "num_generators", None), getattr(cfg, "tensor_parallel_size", 1))
+    world = make_world(cfg)
     script.check(cfg, world)
     return cfg, world
 
@@ -79,7 +79,9 @@ def start(*argv, script=grpo):
             "tensor_parallel_size ranks make an engine",
         ),
         (["--num_generators=0", "--tensor_parallel_size=2"], "tensor_parallel_size above 1"),
-        (["--num_generators=0", "--max_policy_age=1"], "max_policy_age=1"),
+        (["--trainer_replicas=3"], "trainer_replicas=3 must divide the 2 trainers"),
+        (["--trainer_replicas=0"], "trainer_replicas=0 must divide"),
+        (["--sleep=yes"], "sleep"),
         (["--max_new_tokens=1000"], "has 256 positions"),
         (["--model=/nowhere"], "no model there"),
         ([f"--model={ROOT}/assets/blank"], "no weights in this folder"),
@@ -201,6 +203,30 @@ def test_roles(ranks):
     ranks(1)
     _, w = start()  # a world of one is colocated
     assert w.generates and w.trains and w.leads and w.colocated
+
+
+def test_an_engine_that_sleeps_keeps_no_rows(ranks):
+    """A GPU that does both puts its engine to sleep, so cannot sample ahead; a CPU never does."""
+    ranks(1)
+    cfg, world = start("--max_policy_age=1")
+    world.cuda = True
+    with pytest.raises(UserError, match="max_policy_age=1: an engine that sleeps .*--sleep=no"):
+        grpo.check(cfg, world)
+    cfg.sleep = "no"
+    grpo.check(cfg, world)
+
+
+def test_shards_are_consecutive_ranks(ranks):
+    ranks(6, rank=3)
+    _, w = start("--num_generators=2", "--trainer_replicas=2")
+    assert w.shards == [[2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs/grpo").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_configs_are_settings(file):
+    settings(grpo.Config, [f"--config={file}"])
 
 
 def test_said_once_by_the_ranks():
