@@ -72,17 +72,15 @@ class Examples:
             tokens = after
         return tokens, mask
 
-    def heldout_table(self, world) -> Rollouts:
-        """All held-out examples as a table, on the first trainer."""
-        return table(self.heldout, 0) if world.writes and self.heldout else Rollouts()
+    def heldout_table(self) -> Rollouts:
+        """All held-out examples as a table; `gather` takes the first trainer's."""
+        return to_table(self.heldout, 0)
 
-    def batch(self, step: int, world) -> Rollouts:
-        """The rows of a step as a table, on the first trainer; `gather` deals them out."""
-        if not world.writes:
-            return Rollouts()
+    def batch(self, step: int) -> Rollouts:
+        """The rows of a step as a table; `gather` takes the first trainer's and deals them out."""
         first = step * self.cfg.rows_per_step
         rows = [self.example(i) for i in range(first, first + self.cfg.rows_per_step)]
-        return table(rows, step)
+        return to_table(rows, step)
 
 
 def pieces(example: dict, where: str) -> list:
@@ -96,25 +94,15 @@ def pieces(example: dict, where: str) -> list:
     return [(example["prompt"], False), (str(reply), True)]
 
 
-def table(rows: list[tuple[list[int], list[bool]]], step: int) -> Rollouts:
+def to_table(rows: list[tuple[list[int], list[bool]]], step: int) -> Rollouts:
     """Rows (tokens, mask) -> table. What only RL has is zero."""
-    n, t = len(rows), max(len(tokens) for tokens, _ in rows)
-    tokens, mask = torch.zeros(n, t, dtype=torch.int64), torch.zeros(n, t, dtype=torch.bool)
+    table = Rollouts.blank(len(rows), max((len(tokens) for tokens, _ in rows), default=0))
     for i, (ids, trained) in enumerate(rows):
-        tokens[i, : len(ids)], mask[i, : len(ids)] = torch.tensor(ids), torch.tensor(trained)
-    mask[:, 0] = False  # nothing comes before the first token
-    return Rollouts(
-        index=step * 2**32 + torch.arange(n),
-        reply=torch.zeros(n, dtype=torch.int64),
-        length=torch.tensor([len(ids) for ids, _ in rows]),
-        sampled=mask.sum(1),
-        weight=torch.ones(n),
-        share=torch.ones(n),
-        finished=torch.ones(n, dtype=torch.bool),
-        reward=torch.zeros(n),
-        tokens=tokens,
-        mask=mask,
-        logprobs=torch.zeros(n, t),
-        version=torch.full((n, t), -1, dtype=torch.int32),
-        advantage=torch.zeros(n, t),
-    )
+        table.length[i] = len(ids)
+        table.tokens[i, : len(ids)] = torch.tensor(ids)
+        table.mask[i, : len(ids)] = torch.tensor(trained)
+    table.mask[:, :1] = False  # nothing comes before the first token
+    table.index += step * 2**32 + torch.arange(len(rows))
+    table.sampled = table.mask.sum(1)
+    table.weight, table.share = torch.ones(len(rows)), torch.ones(len(rows))
+    return table

@@ -360,8 +360,7 @@ class Generator:
             problems.setdefault(row.slot, []).append(sum(row.rewards.values()))
         if problems and not self.world.stopping:
             means = [sum(r) / len(r) for r in problems.values()]
-            sums = {"rows": len(means), "total": sum(means), "squares": sum(m * m for m in means)}
-            part = {"version": self.version, **sums, "of": self.num_heldout()}
+            part = {"version": self.version, "rewards": means, "of": self.num_heldout()}
             self.told["evals"].append(part)
         self.judged = []
 

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import shutil
+import statistics
 import sys
 import threading
 import time
@@ -40,7 +41,7 @@ class Run:
         self.clocks: dict[int, dict] = {}  # rank -> its clock at the last step
         self.rows: list[dict] = []  # the lines of metrics.jsonl that the end table needs
         self.evals: dict[int, tuple[float, float]] = {}  # version -> mean and standard error
-        self.partial: dict[int, list[float]] = {}  # version -> rows, sum, squares so far
+        self.partial: dict[int, list[float]] = {}  # version -> rewards of the problems so far
         self.tokens = 0  # since this start: a resumed run's earlier lines have other seconds
         self.finished, self.finishing = False, threading.Lock()  # a signal's thread may finish too
         self.screen = os.fdopen(os.dup(2), "w", buffering=1)
@@ -159,18 +160,18 @@ class Run:
         out |= {"idle_trainer_s": me["idle"], "other_trainer_s": me["other"]}
         each = [me] if self.world.colocated else [spent[r] for r in self.world.generator_ranks]
         if each:
-            out["generate_s"] = sum(parts["generate"] for parts in each) / len(each)
-            out["idle_generator_s"] = sum(parts["idle"] for parts in each) / len(each)
-        if each and not self.world.colocated:
-            rest = sum(parts["other"] + parts["sync"] for parts in each)
-            out["other_generator_s"] = rest / len(each)
+            total = sum(each, collections.Counter())
+            out["generate_s"] = total["generate"] / len(each)
+            out["idle_generator_s"] = total["idle"] / len(each)
+            if not self.world.colocated:
+                out["other_generator_s"] = (total["other"] + total["sync"]) / len(each)
         return out
 
     def log(self, step: int, metrics: dict, rollouts):
         """Write one step: metrics, samples, evaluations, spans of all ranks. No collective."""
         if metrics and getattr(self.cfg, "save_rollouts", False) and len(rollouts):
             part = f"rollouts/{step}/rank{self.world.rank}.safetensors"
-            rollouts.save(self.folder / part)
+            report.save_rollouts(rollouts, self.folder / part)
         if not self.world.writes:
             return
         times = self.times(rollouts.infos)
@@ -178,7 +179,8 @@ class Run:
             self.append("samples.jsonl", *({"step": step, **s} for s in info.get("samples", [])))
             for note in info.get("notes", []):
                 self.say(note)
-            self.trace(info)
+            role = "generator" if info["rank"] in self.world.generator_ranks else "trainer"
+            report.append_spans(self.folder / "trace.json", role, info["rank"], info["spans"])
             for part in info.get("evals", []):
                 self.evaluation(**part)
         if metrics:
@@ -189,69 +191,35 @@ class Run:
             self.append("metrics.jsonl", line)
             self.advance(step, line)
 
-    def evaluation(self, version: int, rows: int, total: float, squares: float, of: int):
+    def evaluation(self, version: int, rewards: list[float], of: int):
         """One engine's part of an evaluation; its line is written when all parts are here."""
-        parts = self.partial.setdefault(version, [0, 0.0, 0.0])
-        for i, value in enumerate((rows, total, squares)):
-            parts[i] += value
-        if parts[0] == of:
-            n, mean = parts[0], parts[1] / parts[0]
-            stderr = (max(parts[2] / n - mean**2, 0.0) / max(n - 1, 1)) ** 0.5
-            self.evals[version] = (mean, stderr)
-            line = {"step": version, "eval_reward": mean, "eval_stderr": stderr, "eval_rows": n}
-            self.append("metrics.jsonl", line)
+        have = self.partial.setdefault(version, [])
+        have += rewards
+        if len(have) == of:
+            mean, spread = statistics.fmean(have), statistics.stdev(have) if of > 1 else 0.0
+            self.evals[version] = mean, spread / of**0.5
+            line = {"step": version, "eval_reward": mean, "eval_stderr": spread / of**0.5}
+            self.append("metrics.jsonl", {**line, "eval_rows": of})
 
     def advance(self, step: int, metrics: dict):
         if self.bar is None:
             where = {"file": self.screen, "dynamic_ncols": True}
             self.bar = tqdm(total=self.cfg.steps, initial=step, unit="step", **where)
-        shown = {k: f"{metrics[k]:.3f}" for k in ("reward", "loss") if k in metrics}
-        if self.evals:
-            name = "accuracy" if report.judged_by(metrics) == "accuracy" else "eval_reward"
-            shown[name] = f"{self.evals[max(self.evals)][0]:.3f}"
-        shown["tok/s"] = f"{metrics['tokens_per_second']:.0f}"
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix(report.postfix(metrics, self.evals), refresh=False)
         self.bar.update(step + 1 - self.bar.n)
-
-    def trace(self, info: dict):
-        """Append spans in the Chrome trace format, whose closing bracket is optional."""
-        rank = info["rank"]
-        role = "generator" if rank in self.world.generator_ranks else "trainer"
-        events = [{"name": "process_name", "ph": "M", "args": {"name": f"{role} {rank}"}}]
-        for name, start, end in info["spans"]:  # in microseconds
-            events.append({"name": name, "ph": "X", "ts": start * 1e6, "dur": (end - start) * 1e6})
-        with open(self.folder / "trace.json", "a") as f:
-            f.write("[\n" if f.tell() == 0 else "")
-            f.writelines(json.dumps({**e, "pid": rank, "tid": 0}) + ",\n" for e in events)
 
     def finish(self):
         """The bar's end, the curves, and the table that a person reads: once, whoever asks."""
         with self.finishing:
-            if self.world.writes and self.rows and not self.finished:
-                self.finished = True
-                self.tell()
-
-    def tell(self):
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-        key = "reward" if "reward" in self.rows[-1] else "loss"
-        values = [r[key] for r in self.rows]
-        last = sum(values[-5:]) / len(values[-5:])
-        lines = [("steps", f"{self.rows[0]['step']} to {self.rows[-1]['step']}")]
-        lines.append((key, f"{values[0]:.3f} at first, {last:.3f} in the last 5 steps"))
-        if self.evals:
-            ends = self.evals[min(self.evals)], self.evals[max(self.evals)]
-            before, after = (f"{mean:.3f} +- {error:.3f}" for mean, error in ends)
-            name = f"held-out {report.judged_by(self.rows[-1])}"
-            lines.append((name, f"{before} before, {after} after"))
-        seconds = time.time() - self.started
-        speed = f"{self.tokens / seconds:,.0f} tokens per second"
-        lines.append(("time", f"{seconds / 60:.1f} minutes, {speed}"))
-        lines.append(("results", f"{self.folder}/ (curves.png, metrics.jsonl, samples.jsonl)"))
-        width = max(len(name) for name, _ in lines)
-        self.say("\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in lines))
-        report.curves(self.folder)
+            if not self.world.writes or not self.rows or self.finished:
+                return
+            self.finished = True
+            if self.bar is not None:
+                self.bar.close()
+                self.bar = None
+            spent = self.tokens, time.time() - self.started
+            self.say(report.end_table(self.folder, self.rows, self.evals, *spent))
+            report.curves(self.folder)
 
 
 def is_checkpoint(folder: pathlib.Path) -> bool:

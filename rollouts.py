@@ -8,31 +8,15 @@ import hashlib
 import heapq
 import json
 import math
-import pathlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
-SMALL = {  # the (N,) columns, in the order in which they travel
-    "index": torch.int64,
-    "reply": torch.int64,
-    "length": torch.int64,
-    "sampled": torch.int64,
-    "weight": torch.float32,
-    "share": torch.float32,
-    "finished": torch.bool,
-    "reward": torch.float32,
-}
-CELLS = {  # the (N, T) columns, each 32 bits wide on its way
-    "tokens": torch.int64,
-    "mask": torch.bool,
-    "logprobs": torch.float32,
-    "version": torch.int32,
-    "advantage": torch.float32,
-}
+
+def column(kind: str, dtype: torch.dtype):
+    """A field of `Rollouts` that travels: one number a "row", (N,), or one a "cell", (N, T)."""
+    return field(default=None, metadata={kind: dtype})
 
 
 @dataclass
@@ -43,20 +27,20 @@ class Rollouts:
     of every row.
     """
 
-    index: torch.Tensor = None  # (N,) int64: step * 2^32 + slot of the prompt; a group's
-    reply: torch.Tensor = None  # (N,) int64: number in its group; sorted by (index, reply)
-    length: torch.Tensor = None  # (N,) int64: prompt + all turns
-    sampled: torch.Tensor = None  # (N,) int64: tokens that the policy sampled = mask.sum(1)
-    weight: torch.Tensor = None  # (N,) 0 or 1: whether the row counts, in every divisor too
-    share: torch.Tensor = None  # (N,) what one of its tokens counts in the loss's sum
-    finished: torch.Tensor = None  # (N,) bool: ended by itself, not cut off
-    reward: torch.Tensor = None  # (N,) float32: sum of the reward functions
+    index: torch.Tensor = column("row", torch.int64)  # step * 2^32 + slot of the prompt; a group's
+    reply: torch.Tensor = column("row", torch.int64)  # in its group; sorted by (index, reply)
+    length: torch.Tensor = column("row", torch.int64)  # prompt + all turns
+    sampled: torch.Tensor = column("row", torch.int64)  # tokens the policy sampled = mask.sum(1)
+    weight: torch.Tensor = column("row", torch.float32)  # 0 or 1: counts, in every divisor too
+    share: torch.Tensor = column("row", torch.float32)  # what its token counts in the loss's sum
+    finished: torch.Tensor = column("row", torch.bool)  # ended by itself, not cut off
+    reward: torch.Tensor = column("row", torch.float32)  # sum of the reward functions
     rewards: dict[str, torch.Tensor] = field(default_factory=dict)  # each function's own (N,)
-    tokens: torch.Tensor = None  # (N, T) int64
-    mask: torch.Tensor = None  # (N, T) bool: sampled by the policy, not given
-    logprobs: torch.Tensor = None  # (N, T) float32, as sampled (temperature applied), else 0
-    version: torch.Tensor = None  # (N, T) int32: weights that sampled the token, -1 elsewhere
-    advantage: torch.Tensor = None  # (N, T) float32
+    tokens: torch.Tensor = column("cell", torch.int64)
+    mask: torch.Tensor = column("cell", torch.bool)  # sampled by the policy, not given
+    logprobs: torch.Tensor = column("cell", torch.float32)  # as sampled, at its temperature; else 0
+    version: torch.Tensor = column("cell", torch.int32)  # weights that sampled the token, or -1
+    advantage: torch.Tensor = column("cell", torch.float32)
     # Only after gather, only on the trainer that trains the rows:
     ref_logprobs: torch.Tensor = None  # (N, T) float32: of the reference model, where asked for
     teacher_logprobs: torch.Tensor = None  # (N, T) float32: of the teacher, where asked for
@@ -68,6 +52,13 @@ class Rollouts:
     stop: bool = False  # some rank was told to stop
     # Besides its rows: samples, notes and evaluations, which `gather` brings to the first trainer.
     info: dict = field(default_factory=dict)
+
+    @classmethod
+    def blank(cls, n: int, t: int) -> "Rollouts":
+        """N rows of T tokens in which everything is 0, and no version sampled anything."""
+        rows = {k: torch.zeros(n, dtype=dtype) for k, dtype in SMALL.items()}
+        cells = {k: torch.zeros(n, t, dtype=dtype) for k, dtype in CELLS.items()}
+        return cls(**rows, **{**cells, "version": cells["version"] - 1})
 
     def __len__(self) -> int:
         return 0 if self.index is None else len(self.index)
@@ -83,33 +74,11 @@ class Rollouts:
         cut = {k: v[at, :width] if v.dim() == 2 else v[at] for k, v in self.columns().items()}
         return Rollouts(**{k: v.to(device) for k, v in cut.items()}, rewards=rewards)
 
-    def save(self, path: pathlib.Path):
-        """All columns as one safetensors file (`load_rollouts` reads a folder of them)."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        named = {f"rewards/{k}": v for k, v in self.rewards.items()}
-        save_file({k: v.contiguous() for k, v in {**self.columns(), **named}.items()}, path)
 
-
-def load_rollouts(folder: str | pathlib.Path) -> Rollouts:
-    """One step's table as `--save_rollouts` left it: every trainer's rows, sorted."""
-    parts = [load_file(p) for p in sorted(pathlib.Path(folder).glob("*.safetensors"))]
-    width = max(p["tokens"].shape[1] for p in parts)
-
-    def wide(name, v):
-        nothing = -1 if name == "version" else 0
-        return F.pad(v, (0, width - v.shape[1]), value=nothing) if v.dim() == 2 else v
-
-    columns = {k: torch.cat([wide(k, p[k]) for p in parts]) for k in parts[0]}
-    key = list(zip(columns["index"].tolist(), columns["reply"].tolist()))
-    order = sorted(range(len(key)), key=key.__getitem__)
-    table, rewards = Rollouts(), {}
-    for name, values in columns.items():
-        if name.startswith("rewards/"):
-            rewards[name.removeprefix("rewards/")] = values[order]
-        else:
-            setattr(table, name, values[order])
-    table.rewards = rewards
-    return table
+SMALL, CELLS = (  # name -> type, in the order in which they travel; a cell is 32 bits wide then
+    {f.name: f.metadata[kind] for f in fields(Rollouts) if kind in f.metadata}
+    for kind in ("row", "cell")
+)
 
 
 @dataclass
@@ -178,33 +147,17 @@ class Row:
 def from_rows(rows: list[Row], reward_names: list[str]) -> Rollouts:
     """Finished rows of the generator -> table, sorted by (index, reply)."""
     rows = sorted(rows, key=lambda r: (r.index, r.reply))
-    n, t = len(rows), max((len(r.tokens) for r in rows), default=0)
-
-    def padded(name, fill, dtype):
-        out = torch.full((n, t), fill, dtype=dtype)
-        for i, row in enumerate(rows):
+    table = Rollouts.blank(len(rows), max((len(r.tokens) for r in rows), default=0))
+    for i, row in enumerate(rows):
+        table.index[i], table.reply[i], table.finished[i] = row.index, row.reply, row.finished
+        table.length[i], table.sampled[i] = len(row.tokens), sum(row.mask)
+        table.reward[i] = sum(row.rewards.values())
+        for name in ("tokens", "mask", "logprobs", "version"):
             values = getattr(row, name)
-            out[i, : len(values)] = torch.tensor(values, dtype=dtype)
-        return out
-
-    def column(values, dtype):
-        return torch.tensor(list(values), dtype=dtype)
-
-    return Rollouts(
-        index=column((r.index for r in rows), torch.int64),
-        reply=column((r.reply for r in rows), torch.int64),
-        length=column((len(r.tokens) for r in rows), torch.int64),
-        sampled=column((sum(r.mask) for r in rows), torch.int64),
-        weight=torch.ones(n),
-        share=torch.ones(n),
-        finished=column((r.finished for r in rows), torch.bool),
-        reward=column((sum(r.rewards.values()) for r in rows), torch.float32),
-        rewards={k: column((r.rewards[k] for r in rows), torch.float32) for k in reward_names},
-        tokens=padded("tokens", 0, torch.int64),
-        mask=padded("mask", False, torch.bool),
-        logprobs=padded("logprobs", 0.0, torch.float32),
-        version=padded("version", -1, torch.int32),
-    )
+            getattr(table, name)[i, : len(values)] = torch.tensor(values)
+    table.rewards = {k: torch.tensor([r.rewards[k] for r in rows]).float() for k in reward_names}
+    table.weight, table.share = torch.ones(len(rows)), torch.ones(len(rows))
+    return table
 
 
 # ---------------------------------------------------------------- the packing plan
@@ -263,8 +216,9 @@ def to_cells(table: Rollouts, rows: torch.Tensor) -> torch.Tensor:
 def from_cells(cells: torch.Tensor, table: Rollouts):
     """Fill the token columns of `table`, whose `length` says how the flat cells fall into rows."""
     real = torch.arange(int(table.length.max())) < table.length[:, None]  # (N, T)
+    blank = Rollouts.blank(*real.shape)
     for bits, (name, dtype) in zip(cells.view(-1, len(CELLS)).T.contiguous(), CELLS.items()):
-        column = torch.full(real.shape, -1 if name == "version" else 0, dtype=dtype)
+        column = getattr(blank, name)
         column[real] = bits.view(torch.float32) if dtype.is_floating_point else bits.to(dtype)
         setattr(table, name, column)
 
@@ -283,15 +237,14 @@ def gather(rollouts: Rollouts, world, tokens_per_microbatch: int, minibatches: i
         group, me, ranks = world.control, world.rank, range(world.size)
         # An engine speaks through its first rank.
         mine = rollouts if world.leads else Rollouts(info=rollouts.info)
-        info = pack_info(mine, world)
-        header = torch.tensor([len(mine), len(info), int(world.stopping)])
+        header = torch.tensor([len(mine), int(world.stopping)])
         headers = [torch.empty_like(header) for _ in ranks]
         dist.all_gather(headers, header, group=group)
-        counts, info_sizes, stops = torch.stack(headers).T.tolist()
+        counts, stops = torch.stack(headers).T.tolist()
         # Only the first trainer writes things down. To all ranks it would be ranks^2 texts.
-        texts = [info if r == world.first_trainer else info[:0] for r in ranks]
-        infos = exchange(texts, info_sizes if world.writes else [0 for _ in ranks], group)
-        infos = [json.loads(bytes(i.tolist())) for i in infos if len(i)]
+        infos = [None for _ in ranks] if world.writes else None
+        dist.gather_object(tell(mine, world), infos, world.first_trainer, group)
+        infos = [json.loads(text) for text in infos or []]
 
         rewards = list(rollouts.rewards)
         flat, width = small_columns(mine, rewards), len(SMALL) + len(rewards)
@@ -325,16 +278,15 @@ def gather(rollouts: Rollouts, world, tokens_per_microbatch: int, minibatches: i
         return out
 
 
-def pack_info(mine: Rollouts, world) -> torch.Tensor:
-    """What a rank has to tell besides its rows, as bytes: its clock, spans, samples, notes."""
+def tell(mine: Rollouts, world) -> str:
+    """What a rank has to say besides its rows, as JSON: its clock, spans, samples, notes."""
     for sample in mine.info.get("samples", []):  # its mean over the sampled tokens
         row = sample["row"]
         sample["advantage"] = float(mine.advantage[row].sum() / max(int(mine.sampled[row]), 1))
-    told = {"rank": world.rank, "clock": world.clock, "spans": world.spans}
     world.lap()
-    told |= mine.info
+    told = {"rank": world.rank, "clock": world.clock, "spans": world.spans, **mine.info}
     world.spans = []
-    return torch.frombuffer(bytearray(json.dumps(told, default=str).encode()), dtype=torch.uint8)
+    return json.dumps(told, default=str)
 
 
 def small_columns(mine: Rollouts, rewards: list[str]) -> torch.Tensor:

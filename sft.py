@@ -16,7 +16,7 @@ from data import Examples
 from model import check_config, has_weights
 from rollouts import gather
 from runtime import UserError, launch, limits
-from tasks import check_task
+from tasks import find_task
 from trainer import Trainer
 
 
@@ -60,14 +60,10 @@ class Config:
 
 def check(cfg: Config, world):
     """Settings that cannot work together: one sentence, before anything is loaded."""
-    least = {"rows_per_step": 1, "max_tokens": 2, "tokens_per_microbatch": 1, "head_chunk": 0}
-    least |= {"steps": 0, "eval_every": 0, "eval_size": 0, "save_every": 0, "stop_seconds": 0}
-    least |= {"lr": 0, "warmup_steps": 0, "lr_min_ratio": 0, "beta1": 0, "beta2": 0}
-    least |= {"weight_decay": 0, "max_grad_norm": 0}
-    most, below = {"lr_min_ratio": 1}, {"beta1": 1, "beta2": 1}
-    limits(cfg, at_least=least, at_most=most, below=below)
+    least = {"rows_per_step": 1, "max_tokens": 2, "tokens_per_microbatch": 1}
+    limits(cfg, at_least=least, at_most={"lr_min_ratio": 1}, below={"beta1": 1, "beta2": 1})
     if not cfg.data:
-        check_task(cfg)
+        find_task(cfg.task)
     cfg.model = cfg.model.removeprefix("hf://")
     positions = getattr(check_config(cfg.model), "max_position_embeddings", cfg.max_tokens)
     if cfg.max_tokens > positions:
@@ -88,11 +84,11 @@ def main(cfg: Config, world, run):
     if world.writes and data.left_out:
         run.say(f"left out {data.left_out} examples: longer than max_tokens={cfg.max_tokens}")
     trainer = Trainer(cfg, world, tokenizer)
-    heldout = gather(data.heldout_table(world), world, cfg.tokens_per_microbatch)
+    heldout = gather(data.heldout_table(), world, cfg.tokens_per_microbatch)
     start = run.resume(trainer)
 
     for step in range(start, cfg.steps):
-        rollouts = data.batch(step, world)
+        rollouts = data.batch(step)
         rollouts = gather(rollouts, world, cfg.tokens_per_microbatch)  # each trainer its share
         if rollouts.stop:
             return run.stopped(trainer, step, rollouts)

@@ -216,17 +216,7 @@ def sampled_tokens(table: Rollouts, cfg=None) -> float:
 
 def nothing(device) -> Rollouts:
     """A row that counts for nothing: what a rank runs when its part of the plan is empty."""
-    zero, one = torch.zeros(1, 2, device=device), torch.ones(1, 2, dtype=torch.bool, device=device)
-    return Rollouts(
-        index=zero[:, 0].long(),
-        length=torch.full((1,), 2, device=device),
-        sampled=one.sum(1),
-        weight=zero[:, 0],
-        share=zero[:, 0],
-        tokens=zero.long(),
-        mask=one,
-        logprobs=zero,
-        version=zero.int(),
-        advantage=zero,
-        ref_logprobs=zero,
-    )
+    row = Rollouts.blank(1, 2)
+    row.length, row.sampled, row.mask = row.length + 2, row.sampled + 2, ~row.mask
+    row.ref_logprobs = row.logprobs
+    return row.take([0], device)

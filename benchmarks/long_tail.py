@@ -75,7 +75,7 @@ def plain(args, folder: pathlib.Path) -> float:
     import vllm
 
     from engine import keep_linear_weights
-    from rollouts import load_rollouts
+    from report import load_rollouts
 
     if not torch.cuda.is_available():
         keep_linear_weights()

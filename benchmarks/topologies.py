@@ -19,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from default_runs import ROOT, judge, torchrun
 from transformers import AutoTokenizer
 
-from rollouts import load_rollouts
+from report import load_rollouts
 from tasks import Calculator
 
 TOPOLOGIES = {  # name -> ranks, settings

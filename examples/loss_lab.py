@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import grpo
 import losses
 from model import Policy
-from rollouts import load_rollouts
+from report import load_rollouts
 
 
 def load_policy(run: pathlib.Path, step: int, cfg, model: str | None):

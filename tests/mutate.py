@@ -65,8 +65,10 @@ MUTATIONS = r"""
 + pass
 
 5 mask = ids != pad: rollouts.py
-- mask=padded("mask", False, torch.bool),
-+ mask=padded("mask", False, torch.bool) & (padded("tokens", 0, torch.int64) != 0),
+- values = getattr(row, name)
++ values = getattr(row, name)
++             if name == "mask":
++                 values = [m and t != 0 for m, t in zip(row.mask, row.tokens)]
 
 5 pads are not forwarded: model.py
 - torch.arange(tokens.shape[1], device=tokens.device) < length[:, None]
@@ -80,8 +82,8 @@ MUTATIONS = r"""
 +         row.append_sampled(tokens[:n], logprobs[:n], self.version)
 
 6 rows padded on the left: rollouts.py
-- out[i, : len(values)] = torch.tensor(values, dtype=dtype)
-+ out[i, t - len(values) :] = torch.tensor(values, dtype=dtype)
+- [i, : len(values)]
++ [i, -len(values) :]
 
 7 ratio to itself: losses.py
 - return rows.logprobs
@@ -163,8 +165,8 @@ MUTATIONS = r"""
 + self.mask += [True] * len(tokens)
 
 17 NaN stays in the divisor: rollouts.py
-- sampled=column((sum(r.mask) for r in rows), torch.int64),
-+ sampled=column((len(r.tokens) - r.prompt_length for r in rows), torch.int64),
+- len(row.tokens), sum(row.mask)
++ len(row.tokens), len(row.tokens) - row.prompt_length
 
 18 no clip: trainer.py
 - if self.cfg.max_grad_norm > 0:
@@ -250,8 +252,8 @@ MUTATIONS = r"""
 + return rollouts.advantage - cfg.kl_coef * (rollouts.logprobs - rollouts.ref_logprobs)
 
 25 mean over reward functions: rollouts.py
-- reward=column((sum(r.rewards.values()) for r in rows), torch.float32),
-+ reward=column((sum(r.rewards.values()) / len(r.rewards) for r in rows), torch.float32),
+- table.reward[i] = sum(row.rewards.values())
++ table.reward[i] = sum(row.rewards.values()) / len(row.rewards)
 
 25 shuffle without a seed: tasks.py
 - random.Random(f"{self.cfg.seed}/epoch {epoch}")

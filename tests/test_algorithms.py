@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import grpo
 import losses
-from rollouts import load_rollouts
+from report import load_rollouts
 from tasks import load_task
 
 FEW = ["--steps=2", "--prompts_per_step=6", "--group_size=4", "--eval_size=0"]

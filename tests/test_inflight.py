@@ -10,7 +10,7 @@ from conftest import run
 from inflight_ranks import PLACES
 from transformers import AutoModelForCausalLM
 
-from rollouts import load_rollouts
+from report import load_rollouts
 
 
 def errors(policy, table, i):

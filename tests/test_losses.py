@@ -80,10 +80,14 @@ def test_groups_that_teach_nothing_are_exactly_zero(kind):
     assert losses.equal_groups(seven).tolist() == [True]
 
 
-def test_a_rank_without_rows_has_no_columns():
-    empty, cfg = Rollouts(), configured(teacher="x")
-    assert losses.group_advantages(empty) is losses.row_weights(empty, cfg) is None
-    assert losses.shares(empty, cfg) is losses.distilled(empty, cfg) is None
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "prompt", "fixed"])
+def test_a_rank_without_rows_has_columns_without_rows(aggregation):
+    settings = {"teacher": "x", "aggregation": aggregation, "equal_rewards": "mask"}
+    empty, cfg = Rollouts.blank(0, 0), configured(**settings, overlong="mask")
+    for kind in ("mean", "mean_std", "leave_one_out"):
+        assert losses.group_advantages(empty, kind).shape == (0, 0)
+    assert losses.row_weights(empty, cfg).shape == losses.shares(empty, cfg).shape == (0,)
+    assert losses.distilled(Rollouts(), cfg) is None  # after `gather`, on a rank that trains none
 
 
 def test_equal_groups_by_hand():

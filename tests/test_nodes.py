@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, lines, trace
 from test_runs import SMALL, evaluations, learned
 
-from rollouts import load_rollouts
+from report import load_rollouts
 
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done

@@ -11,7 +11,7 @@ from oracle_ranks import LIMITS, Opened
 from transformers import AutoTokenizer
 
 from grpo import Config
-from rollouts import load_rollouts
+from report import load_rollouts
 from tasks import Episode
 
 MODEL = ROOT / "assets/calculator"

@@ -23,7 +23,8 @@ import losses
 import tasks
 from generator import Generator
 from model import Policy, head_logprobs
-from rollouts import Rollouts, from_rows, load_rollouts
+from report import load_rollouts
+from rollouts import Rollouts, from_rows
 from runtime import UserError, World
 from trainer import Trainer
 

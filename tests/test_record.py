@@ -108,7 +108,7 @@ def test_stopped_says_what_is_true_and_keeps_evaluations(world, tmp_path, capfd)
     assert "stopped before step 0; nothing to save" in said and "goes on" not in said
     assert not (run.folder / "checkpoints").exists()
     trainer.version = 1
-    part = {"version": 0, "rows": 4, "total": 3.0, "squares": 3.0, "of": 4}
+    part = {"version": 0, "rewards": [1.0, 1.0, 0.0, 1.0], "of": 4}
     run.stopped(trainer, 1, told(evals=[part]))  # version 0's result came with the last rows
     assert "stopped before step 1; --resume=auto goes on from there" in capfd.readouterr().err
     again = start(world, tmp_path / "r", resume="auto")
@@ -123,7 +123,7 @@ def test_the_end_table(world, tmp_path, capfd, functions):
     each = {"reward/a": 0.25, "reward/b": 0.25} if functions > 1 else {}
     run.append("metrics.jsonl", {"step": 0, "reward": 0.1, "loss": 0, "tokens": 1e9, **each})
     run.truncate(1)
-    part = {"version": 1, "rows": 4, "total": 3.0, "squares": 3.0, "of": 4}
+    part = {"version": 1, "rewards": [1.0, 0.0, 1.0, 1.0], "of": 4}
     run.log(1, {"reward": 0.5, "loss": 0.0, "tokens": 5000, **each}, told(evals=[part]))
     run.started = time.time() - 10
     say_what_failed(RuntimeError("first"), world, run)

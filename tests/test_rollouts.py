@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollouts import Rollouts, Row, from_cells, from_rows, load_rollouts, pack, to_cells
+from report import load_rollouts, save_rollouts
+from rollouts import Rollouts, Row, from_cells, from_rows, pack, to_cells
 from tasks import Episode
 
 
@@ -75,7 +76,7 @@ def test_cells_and_files_keep_every_bit(tmp_path):
     table.advantage = torch.randn(2, 4) * table.mask
     back = Rollouts(length=table.length)
     from_cells(to_cells(table, torch.arange(2)), back)
-    table.save(tmp_path / "rank0.safetensors")
+    save_rollouts(table, tmp_path / "rank0.safetensors")
     loaded = load_rollouts(tmp_path)
     for name in ("tokens", "mask", "logprobs", "version", "advantage"):
         assert torch.equal(getattr(back, name), getattr(table, name)), name

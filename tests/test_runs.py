@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, lines, logs, run, torchrun, trace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rollouts import load_rollouts
+from report import load_rollouts
 
 TIMES = ("_s", "per_second")  # endings of the metrics that are times
 SMALL = ["--prompts_per_step=6", "--group_size=4", "--eval_size=12"]

@@ -217,11 +217,11 @@ def test_a_user_task_and_a_wrong_name(tmp_path):
     mine.write_text("import tasks\nclass Mine(tasks.Calculator):\n    pass\n")
     right = [*tasks.TASKS, f"{mine}:Mine", write(tmp_path / "data.jsonl", *examples())]
     for name in right:
-        tasks.check_task(cfg(task=name))
+        tasks.find_task(name)
     assert type(tasks.load_task(cfg(task=f"{mine}:Mine"))).__name__ == "Mine"
     wrong = {"nonsense": "known are calculator, ", f"{mine}:Other": "NAME that the file defines"}
     wrong |= {f"{tmp_path}/none.py:Mine": "no file", f"{tmp_path}/none.jsonl": "no such file"}
     for name, what in wrong.items():
-        for use in (tasks.check_task, tasks.load_task):
+        for use in (lambda cfg: tasks.find_task(cfg.task), tasks.load_task):
             with pytest.raises(UserError, match=what):
                 use(cfg(task=name))

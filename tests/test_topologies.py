@@ -13,7 +13,7 @@ from conftest import ROOT, lines, run, trace
 from test_runs import SMALL, evaluations, good, learned
 from topologies import AGES, TOPOLOGIES, flags
 
-from rollouts import load_rollouts
+from report import load_rollouts
 
 QUICK = [("2 colocated", 1), ("2 + 1", 3), ("TP 2 + 1", 0)]
 CASES = [(name, age) for name in TOPOLOGIES for age in AGES if (name, age) != ("1 colocated", 0)]
