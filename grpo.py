@@ -18,7 +18,7 @@ from generator import Generator
 from model import check_config, has_weights
 from rollouts import gather
 from runtime import UserError, launch, limits, load_symbol
-from tasks import check_task, load_task
+from tasks import find_task, load_task
 from trainer import Trainer
 
 
@@ -136,15 +136,11 @@ def check(cfg: Config, world):
     ones = "prompts_per_step group_size max_prompt_tokens max_new_tokens max_turns task_workers"
     ones += " eval_samples max_num_seqs tokens_per_microbatch sync_bucket_mb epochs_per_batch"
     ones += " minibatches correction_cap dual_clip"
-    zeros = "steps max_policy_age eval_every eval_size save_every log_samples stop_seconds lr"
-    zeros += " lr_min_ratio warmup_steps beta1 beta2 weight_decay max_grad_norm head_chunk clip_low"
-    zeros += " clip_high max_refills kl_coef teacher_coef"
-    least = dict.fromkeys(zeros.split(), 0) | dict.fromkeys(ones.split(), 1)
-    most = {"lr_min_ratio": 1, "gpu_memory_utilization": 1}
-    above = dict.fromkeys(("gpu_memory_utilization", "task_seconds", "temperature"), 0)
-    above |= dict.fromkeys(("sapo_tau_positive", "sapo_tau_negative"), 0)
-    limits(cfg, at_least=least, at_most=most, above=above, below={"beta1": 1, "beta2": 1})
-    check_task(cfg)
+    above = "gpu_memory_utilization task_seconds temperature sapo_tau_positive sapo_tau_negative"
+    most, below = {"lr_min_ratio": 1, "gpu_memory_utilization": 1}, {"beta1": 1, "beta2": 1}
+    least, above = dict.fromkeys(ones.split(), 1), dict.fromkeys(above.split(), 0)
+    limits(cfg, at_least=least, at_most=most, above=above, below=below)
+    find_task(cfg.task)
     find_loss(cfg)
     cfg.model = cfg.model.removeprefix("hf://")
     if not cfg.random_init and not has_weights(cfg.model):

@@ -14,15 +14,13 @@ import torch
 # ---------------------------------------------------------------- advantages
 
 
-def group_advantages(rollouts, kind: str = "mean_std") -> torch.Tensor | None:
+def group_advantages(rollouts, kind: str = "mean_std") -> torch.Tensor:
     """(N,) rewards -> (N, T) advantages: a row's number stands on each token the policy sampled.
 
     mean: r - mean of its group (Dr.GRPO, arXiv 2503.20783, section 3.2). mean_std: (r - mean) /
     (std + 1e-4), std unbiased (GRPO, arXiv 2402.03300, section 4.1.2). leave_one_out: r - mean of
     the others (RLOO, arXiv 2402.14740). A group of one, and one of equal rewards: exactly 0.
     """
-    if not len(rollouts):  # a rank without an engine
-        return None
     _, group = torch.unique(rollouts.index, return_inverse=True)  # (N,) number of the row's group
     # In float64 the sum of equal float32 numbers is exact, so their mean is, and the difference 0.
     reward = rollouts.reward.double()
@@ -38,8 +36,8 @@ def group_advantages(rollouts, kind: str = "mean_std") -> torch.Tensor | None:
 
 def equal_groups(table) -> torch.Tensor:
     """(groups,) bool, by ascending index: whether all rewards of the group are equal."""
-    _, group = torch.unique(table.index, return_inverse=True)
-    extreme = table.reward.new_zeros(int(group.max()) + 1)
+    groups, group = torch.unique(table.index, return_inverse=True)
+    extreme = table.reward.new_zeros(len(groups))
     low, high = (
         extreme.scatter_reduce(0, group, table.reward, kind, include_self=False)
         for kind in ("amin", "amax")
@@ -63,14 +61,12 @@ def distilled(rollouts, cfg) -> torch.Tensor | None:
 # ---------------------------------------------------------------- what a row counts
 
 
-def row_weights(rollouts, cfg) -> torch.Tensor | None:
+def row_weights(rollouts, cfg) -> torch.Tensor:
     """(N,) 0 or 1: whether a row counts, in the loss and in every divisor.
 
     overlong=mask leaves out replies that were cut off (DAPO, arXiv 2503.14476, section 3.4);
     equal_rewards=mask leaves out groups that teach nothing, which else dilute the divisor.
     """
-    if not len(rollouts):
-        return None
     weight = torch.ones(len(rollouts))
     if cfg.overlong == "mask":
         weight[~rollouts.finished] = 0.0
@@ -80,13 +76,11 @@ def row_weights(rollouts, cfg) -> torch.Tensor | None:
     return weight
 
 
-def shares(rollouts, cfg) -> torch.Tensor | None:
+def shares(rollouts, cfg) -> torch.Tensor:
     """(N,) what each sampled token of a row counts in the loss's sum; 0 for rows of weight 0.
 
     token and fixed: 1. sequence: 1 / tokens of the row. prompt: 1 / tokens of its group.
     """
-    if not len(rollouts):
-        return None
     count = rollouts.sampled * rollouts.weight.double()  # (N,) tokens
     if cfg.aggregation == "prompt":
         _, group = torch.unique(rollouts.index, return_inverse=True)
@@ -240,21 +234,15 @@ def reinforce(logprobs, rows, cfg):
 
 
 LOSSES = {f.__name__: f for f in (grpo, dr_grpo, dapo, cispo, gspo, sapo, reinforce)}
-# What `auto` (for the clip: -1) means for each. GRPO's paper has `sequence`; `token` is DAPO's cure
-# of the length bias that it brings.
+# What `auto` (for the clip: -1) means: GRPO's, but for what a loss names. GRPO's paper has
+# `sequence`; `token` is DAPO's cure of the length bias that it brings.
 OWN = {
     "grpo": {"aggregation": "token", "advantage": "mean_std", "clip_low": 0.2, "clip_high": 0.28},
-    "dr_grpo": {"aggregation": "fixed", "advantage": "mean", "clip_low": 0.2, "clip_high": 0.2},
-    "dapo": {"aggregation": "token", "advantage": "mean_std", "clip_low": 0.2, "clip_high": 0.28},
-    "cispo": {"aggregation": "token", "advantage": "mean_std", "clip_low": 1.0, "clip_high": 4.0},
-    "gspo": {
-        "aggregation": "sequence",
-        "advantage": "mean_std",
-        "clip_low": 3e-4,
-        "clip_high": 4e-4,
-    },
-    "sapo": {"aggregation": "sequence", "advantage": "mean_std"},
-    "reinforce": {"aggregation": "token", "advantage": "leave_one_out"},
+    "dr_grpo": {"aggregation": "fixed", "advantage": "mean", "clip_high": 0.2},
+    "cispo": {"clip_low": 1.0, "clip_high": 4.0},
+    "gspo": {"aggregation": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    "sapo": {"aggregation": "sequence"},
+    "reinforce": {"advantage": "leave_one_out"},
 }
 
 

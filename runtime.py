@@ -72,16 +72,16 @@ def settings(config_class, argv: list[str]):
     return config_class(**{name: values[name] for name in names})
 
 
-LIMITS = {
-    "at_least": operator.ge,
-    "above": operator.gt,
-    "at_most": operator.le,
-    "below": operator.lt,
-}
+LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
+LIMITS["below"] = operator.lt
 
 
 def limits(cfg, **tables: dict[str, float]):
-    """`limits(cfg, at_least={"steps": 0})`: UserError for the first setting beyond its limit."""
+    """`limits(cfg, above={"lr": 0})`: UserError for the first setting beyond its limit. No number
+    may be negative, listed or not.
+    """
+    numbers = [f.name for f in dataclasses.fields(cfg) if f.type in (int, float)]
+    tables["at_least"] = dict.fromkeys(numbers, 0) | tables["at_least"]
     for kind, table in tables.items():
         for name, limit in table.items():
             if not LIMITS[kind](getattr(cfg, name), limit):  # NaN is beyond every limit

@@ -216,7 +216,7 @@ def read_jsonl(path: pathlib.Path) -> list[tuple[str, dict]]:
 
 
 def find_task(name: str):
-    """What makes the task of that name from the settings. UserError if there is nothing."""
+    """What makes the task of that name from the settings, or a UserError. Reads no data."""
     place = TASKS.get(name, name)
     if not isinstance(place, str):
         return place
@@ -228,11 +228,6 @@ def find_task(name: str):
             raise UserError(f"task={name}: no such file")
         return FileTask
     raise UserError(f"task={name}: known are {', '.join(TASKS)}, a .jsonl file, my_file.py:MyTask")
-
-
-def check_task(cfg):
-    """UserError if no task has this name. Reads no data."""
-    find_task(cfg.task)
 
 
 def load_task(cfg) -> Task:

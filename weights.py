@@ -4,21 +4,12 @@ The sinks are the generators (`sync`) and a Hugging Face folder (`export`).
 """
 
 import json
+import math
 import pathlib
 import shutil
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-
-
-@dataclass
-class Place:
-    """Where a tensor lies in the stream's buckets."""
-
-    name: str  # as in the Hugging Face checkpoint
-    shape: tuple[int, ...]
-    start: int  # in elements, within its bucket
 
 
 def stream(trainer):
@@ -30,20 +21,18 @@ def stream(trainer):
         yield name.removeprefix("lm."), p.detach().full_tensor()
 
 
-def plan_buckets(trainer, limit: int) -> list[list[Place]]:
-    """The stream in buckets of at most `limit` elements; a larger tensor is one of its own."""
+def plan_buckets(trainer, limit: int) -> list[dict[str, tuple[int, ...]]]:
+    """The stream's names and shapes in buckets of at most `limit` elements; a larger tensor has a
+    bucket alone.
+    """
     buckets, room = [], 0
     for name, p in trainer.policy.named_parameters():
         if not buckets or p.numel() > room:
-            buckets.append([])
-            room, start = limit, 0
-        buckets[-1].append(Place(name.removeprefix("lm."), tuple(p.shape), start))
-        start, room = start + p.numel(), room - p.numel()
+            buckets.append({})
+            room = limit
+        buckets[-1][name.removeprefix("lm.")] = tuple(p.shape)
+        room -= p.numel()
     return buckets
-
-
-def numel(shape) -> int:
-    return int(torch.Size(shape).numel())
 
 
 def checksum(tensor: torch.Tensor) -> int:
@@ -56,14 +45,15 @@ def buckets_through(trainer, world, dtype):
     """Yield each bucket as {name: view of a flat tensor}, where weights arrive. Collective."""
     tensors = stream(trainer) if world.trains else None
     for bucket in world.buckets:
-        size = bucket[-1].start + numel(bucket[-1].shape)
-        flat = torch.empty(size, dtype=dtype, device=world.device)
-        views = {t.name: flat[t.start : t.start + numel(t.shape)].view(t.shape) for t in bucket}
+        sizes = [math.prod(shape) for shape in bucket.values()]
+        flat = torch.empty(sum(sizes), dtype=dtype, device=world.device)
+        parts = zip(bucket.items(), flat.split(sizes))
+        views = {name: part.view(shape) for (name, shape), part in parts}
         if world.trains:
-            for t in bucket:
+            for planned, view in views.items():
                 name, full = next(tensors)
-                assert name == t.name, f"the stream is at {name}, the plan at {t.name}"
-                views[name].copy_(full)  # casts to the engine's type
+                assert name == planned, f"the stream is at {name}, the plan at {planned}"
+                view.copy_(full)  # casts to the engine's type
         if world.carries_weights:
             dist.broadcast(flat, src=world.first_trainer, group=world.weights)
         yield views
