@@ -53,16 +53,14 @@ def settings(config_class, argv: list[str]):
     parser.add_argument("--config", action="config", help="YAML file with settings")
     meaning, names = setting_help(config_class), [f.name for f in dataclasses.fields(config_class)]
     for f in dataclasses.fields(config_class):
-        parser.add_argument(
-            f"--{f.name}", type=f.type, default=f.default, help=meaning.get(f.name, "")
-        )
+        about = meaning.get(f.name, "")
+        parser.add_argument(f"--{f.name}", type=f.type, default=f.default, help=about)
     try:
         values = parser.parse_args(argv).as_dict()
     except (jsonargparse.ArgumentError, TypeError, OSError) as error:
         text = " ".join(str(error).split())
-        if unknown := re.search(
-            r"(?:[Uu]nrecognized arguments: --|[Kk]ey '|[Oo]ption '|not accepted: )([\w.]+)", text
-        ):
+        said = r"(?:[Uu]nrecognized arguments: --|[Kk]ey '|[Oo]ption '|not accepted: )([\w.]+)"
+        if unknown := re.search(said, text):
             near = difflib.get_close_matches(unknown[1], names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; --help lists them all"
             raise UserError(f"there is no setting {unknown[1]!r}{hint}") from None

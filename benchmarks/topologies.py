@@ -19,8 +19,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from default_runs import ROOT, judge, torchrun
 from transformers import AutoTokenizer
 
+from examples.calculator import Calculator
 from report import load_rollouts
-from tasks import Calculator
 
 TOPOLOGIES = {  # name -> ranks, settings
     "1 colocated": (1, {"num_generators": 0}),

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoTokenizer
 
 import grpo
-import tasks
 import weights
+from examples.calculator import Calculator
 from generator import Generator
 from runtime import World
 from trainer import Trainer
@@ -29,7 +29,7 @@ STEPS = 9  # of the engine, before the new weights
 PLACES = 8  # in the engine; three batches of rows want one
 
 
-class Prefixed(tasks.Calculator):
+class Prefixed(Calculator):
     def __init__(self, cfg):
         super().__init__(cfg)
         for example in self.train + self.heldout:

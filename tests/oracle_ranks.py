@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 import grpo
 import tasks
 import weights
+from examples.calculator import Calculator
 from generator import EVALUATION, Generator
 from runtime import World
 from trainer import Trainer
@@ -25,7 +26,7 @@ from trainer import Trainer
 LIMITS = [(40, 4), (28, 4), (24, 4), (16, 4), (40, 2)]
 
 
-class Opened(tasks.Calculator):
+class Opened(Calculator):
     """The calculator, whose prompts open the call themselves: greedy replies use the tool."""
 
     def __init__(self, cfg):

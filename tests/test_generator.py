@@ -10,10 +10,11 @@ import pytest
 from conftest import ROOT
 from transformers import AutoTokenizer
 
+from examples.calculator import Calculator
 from generator import Generator, judge
 from rollouts import Row
 from runtime import UserError
-from tasks import Calculator, Episode
+from tasks import Episode
 
 EOS = 2
 

@@ -21,6 +21,7 @@ import data
 import grpo
 import losses
 import tasks
+from examples.calculator import Calculator
 from generator import Generator
 from model import Policy, head_logprobs
 from report import load_rollouts
@@ -154,7 +155,7 @@ def make_generator():
 
 def few_problems(**values):
     """The calculator with nine prompts."""
-    task = tasks.Calculator(settings(**values))
+    task = Calculator(settings(**values))
     task.train, task.heldout = task.train[:9], task.heldout[:3]
     return task
 

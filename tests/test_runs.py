@@ -224,8 +224,8 @@ def test_told_to_stop_it_saves_and_resumes(tmp_path, number):
 
 def test_a_reward_that_raises_is_named_with_its_row(tmp_path):
     (tmp_path / "bad.py").write_text(
-        "import tasks\n"
-        "class Bad(tasks.Calculator):\n"
+        "from examples.calculator import Calculator\n"
+        "class Bad(Calculator):\n"
         "    def correct(self, e):\n"
         "        return 1 / 0\n"
     )

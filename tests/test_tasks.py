@@ -8,6 +8,7 @@ from conftest import SHARED
 
 import tasks
 from data import pieces
+from examples.calculator import Calculator
 from examples.countdown import Countdown
 from examples.gsm8k import GSM8K, math_answer, number, thinking
 from examples.sum_digits import SumDigits
@@ -26,7 +27,7 @@ def say(text, answer=None, **problem):
 
 @pytest.fixture(scope="module")
 def calculator():
-    return tasks.Calculator(cfg())
+    return Calculator(cfg())
 
 
 def test_calculator_answers_calls(calculator):
@@ -52,21 +53,21 @@ def test_calculator_reward(calculator):
 
 
 def test_heldout_problems_share_no_prompt_with_training():
-    for make in (tasks.Calculator, SumDigits, Countdown):
+    for make in (Calculator, SumDigits, Countdown):
         task = make(cfg())
         train, heldout = ({e["prompt"] for e in split} for split in (task.train, task.heldout))
         assert len(heldout) >= 256 and not train & heldout, make.__name__
 
 
 def test_prompts_come_from_names(calculator):
-    again = tasks.Calculator(cfg())
+    again = Calculator(cfg())
     assert [again.problem(7, s) for s in range(16)] == [calculator.problem(7, s) for s in range(16)]
     epoch = len(calculator.train) // 16
     seen = [calculator.problem(step, slot)["prompt"] for step in range(epoch) for slot in range(16)]
     assert len(set(seen)) == len(seen) == len(calculator.train)  # an epoch is a permutation
     assert calculator.problem(3, 4, attempt=1) == again.problem(3, 4, attempt=1)
     assert calculator.problem(3, 4, attempt=1) != calculator.problem(3, 4)
-    assert tasks.Calculator(cfg(seed=1)).problem(0, 0) != calculator.problem(0, 0)
+    assert Calculator(cfg(seed=1)).problem(0, 0) != calculator.problem(0, 0)
 
 
 def test_demonstrations_are_right_and_hold_both_strategies(calculator):
@@ -202,8 +203,8 @@ def test_gsm8k():
 def test_two_rewards_of_one_name(tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(
-        "import tasks\n"
-        "class Mine(tasks.Calculator):\n"
+        "from examples.calculator import Calculator\n"
+        "class Mine(Calculator):\n"
         "    def __init__(self, cfg):\n"
         "        super().__init__(cfg)\n"
         "        self.rewards = [lambda e: 1, self.correct, lambda e: 2]\n"
@@ -214,7 +215,9 @@ def test_two_rewards_of_one_name(tmp_path):
 
 def test_a_user_task_and_a_wrong_name(tmp_path):
     mine = tmp_path / "mine.py"
-    mine.write_text("import tasks\nclass Mine(tasks.Calculator):\n    pass\n")
+    mine.write_text(
+        "from examples.calculator import Calculator\nclass Mine(Calculator):\n    pass\n"
+    )
     right = [*tasks.TASKS, f"{mine}:Mine", write(tmp_path / "data.jsonl", *examples())]
     for name in right:
         tasks.find_task(name)
