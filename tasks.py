@@ -7,12 +7,9 @@ here knows of ranks, engines or gradients.
     --task=calculator | sum_digits | countdown | gsm8k | file.jsonl | my_file.py:MyTask
 """
 
-import ast
 import json
-import operator
 import pathlib
 import random
-import re
 from dataclasses import dataclass, field
 
 from runtime import UserError, load_symbol
@@ -71,31 +68,6 @@ def reward_name(function) -> str:
     """Under which a reward is logged: its `__name__`, or that inside a partial, or its class's."""
     inner = getattr(function, "func", function)
     return getattr(function, "__name__", getattr(inner, "__name__", type(function).__name__))
-
-
-# ---------------------------------------------------------------- arithmetic, for environments
-
-
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
-
-
-def calculate(expression: str) -> int | None:
-    """The value of integers joined by + - * ( ), or None. A model's text is parsed, never run."""
-
-    def value(node):
-        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            return OPERATORS[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.Constant):
-            return node.value
-        raise ValueError
-
-    # Python would also read 1_2 as 12. The length bounds the tree's depth and the value's size.
-    if len(expression) > 40 or not re.fullmatch(r"[0-9+\-*() ]+", expression):
-        return None
-    try:
-        return value(ast.parse(expression, mode="eval").body)
-    except (ValueError, SyntaxError):
-        return None
 
 
 # ---------------------------------------------------------------- files and names

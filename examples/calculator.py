@@ -3,10 +3,33 @@
 torchrun --nproc_per_node=3 grpo.py
 """
 
+import ast
+import operator
 import random
 import re
 
-from tasks import Episode, Task, calculate
+from tasks import Episode, Task
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+
+
+def calculate(expression: str) -> int | None:
+    """The value of integers joined by + - * ( ), or None. A model's text is parsed, never run."""
+
+    def value(node):
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.Constant):
+            return node.value
+        raise ValueError
+
+    # Python would also read 1_2 as 12. The length bounds the tree's depth and the value's size.
+    if len(expression) > 40 or not re.fullmatch(r"[0-9+\-*() ]+", expression):
+        return None
+    try:
+        return value(ast.parse(expression, mode="eval").body)
+    except (ValueError, SyntaxError):
+        return None
 
 
 class Calculator(Task):

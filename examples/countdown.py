@@ -6,7 +6,8 @@ torchrun --nproc_per_node=3 grpo.py --task=countdown --model=...
 import random
 import re
 
-from tasks import Episode, Task, calculate
+from examples.calculator import calculate
+from tasks import Episode, Task
 
 
 class Countdown(Task):

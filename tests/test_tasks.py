@@ -8,7 +8,7 @@ from conftest import SHARED
 
 import tasks
 from data import pieces
-from examples.calculator import Calculator
+from examples.calculator import Calculator, calculate
 from examples.countdown import Countdown
 from examples.gsm8k import GSM8K, math_answer, number, thinking
 from examples.sum_digits import SumDigits
@@ -39,11 +39,11 @@ def test_calculator_answers_calls(calculator):
 
 
 def test_calculate_reads_plain_decimal_numbers_only():
-    assert tasks.calculate("(1 + 2)*3-10") == -1
+    assert calculate("(1 + 2)*3-10") == -1
     for text in ("1_2", "0x10", "\u0663+1", "\uff11", "1\n", "True", "1.0", "()", "3(4)", "007"):
-        assert tasks.calculate(text) is None, text
+        assert calculate(text) is None, text
     for text in ("9" * 41, "(" * 2000 + "1" + ")" * 2000, "1" + "+1" * 5000):  # in no time
-        assert tasks.calculate(text) is None, text[:40]
+        assert calculate(text) is None, text[:40]
 
 
 def test_calculator_reward(calculator):
@@ -74,7 +74,7 @@ def test_demonstrations_are_right_and_hold_both_strategies(calculator):
     made = [calculator.demonstration(str(i), progress=0.9) for i in range(400)]
     for (prompt, _), *rest in made:
         reply = "".join(text for text, _ in rest)
-        assert calculator.correct(say(reply, tasks.calculate(prompt[:-1]))) == 1
+        assert calculator.correct(say(reply, calculate(prompt[:-1]))) == 1
     tools = [example for example in made if "[" in example[1][0]]
     assert 0.2 < len(tools) / 400 < 0.4
     told = [False, True, False, True, False, True]  # the prompt and the tool's words are given
@@ -203,7 +203,7 @@ def test_gsm8k():
 def test_two_rewards_of_one_name(tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(
-        "from examples.calculator import Calculator\n"
+        "from examples.calculator import Calculator, calculate\n"
         "class Mine(Calculator):\n"
         "    def __init__(self, cfg):\n"
         "        super().__init__(cfg)\n"
@@ -216,7 +216,7 @@ def test_two_rewards_of_one_name(tmp_path):
 def test_a_user_task_and_a_wrong_name(tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(
-        "from examples.calculator import Calculator\nclass Mine(Calculator):\n    pass\n"
+        "from examples.calculator import Calculator, calculate\nclass Mine(Calculator):\n    pass\n"
     )
     right = [*tasks.TASKS, f"{mine}:Mine", write(tmp_path / "data.jsonl", *examples())]
     for name in right:
