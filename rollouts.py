@@ -290,9 +290,7 @@ def tell(mine: Rollouts, world) -> str:
 
 
 def small_columns(mine: Rollouts, rewards: list[str]) -> torch.Tensor:
-    """The (N,) columns and each function's rewards, flat, as float64: exact for an index up to step
-    2^21.
-    """
+    """The (N,) columns and rewards, flat, as float64: an index is exact up to step 2^21."""
     if not len(mine):
         return torch.empty(0, dtype=torch.float64)
     columns = [getattr(mine, k) for k in SMALL] + [mine.rewards[k] for k in rewards]

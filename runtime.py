@@ -107,9 +107,8 @@ def load_symbol(place: str, what: str):
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(f"{what}={place}: {file}, line {line}: {reason}") from error
     if not name or not hasattr(sys.modules[key], name):
-        raise UserError(
-            f"{what}={place}: write it as {file}:NAME with a NAME that the file defines"
-        )
+        how = f"write it as {file}:NAME with a NAME that the file defines"
+        raise UserError(f"{what}={place}: {how}")
     return getattr(sys.modules[key], name)
 
 
@@ -125,10 +124,8 @@ class World:
 
     def __init__(self, num_generators=None, tensor_parallel_size=1, trainer_replicas=1):
         if "TORCHELASTIC_RUN_ID" not in os.environ:
-            script = os.path.basename(sys.argv[0])
-            raise UserError(
-                f"torchrun makes the ranks, so type: torchrun --nproc_per_node=3 {script}"
-            )
+            command = f"torchrun --nproc_per_node=3 {os.path.basename(sys.argv[0])}"
+            raise UserError(f"torchrun makes the ranks, so type: {command}")
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -151,27 +148,23 @@ class World:
                 "tensor_parallel_size above 1 needs ranks of its own: set num_generators as well"
             )
         self.colocated = num_generators == 0
-        self.trainer_ranks = list(range(first_trainer, self.size))
-        self.first_trainer, self.num_trainers = first_trainer, len(self.trainer_ranks)
+        trainers = self.trainer_ranks = list(range(first_trainer, self.size))
+        self.first_trainer, self.num_trainers = first_trainer, len(trainers)
         shard, left = divmod(self.num_trainers, max(trainer_replicas, 1))
         if trainer_replicas < 1 or left:
             raise UserError(
                 f"trainer_replicas={trainer_replicas} must divide the {self.num_trainers} trainers"
             )
         # Consecutive ranks hold the shards of one copy of the model, so they can be of one node.
-        self.shards = [
-            self.trainer_ranks[i : i + shard] for i in range(0, self.num_trainers, shard)
-        ]
+        self.shards = [trainers[i : i + shard] for i in range(0, len(trainers), shard)]
         self.trains, self.writes = self.rank >= first_trainer, self.rank == first_trainer
         self.trainer_index = self.rank - first_trainer
-        generators = self.trainer_ranks if self.colocated else list(range(first_trainer))
-        self.generator_ranks = generators if num_generators is not None else []
+        generators = trainers if self.colocated else list(range(first_trainer))  # sft.py: none
+        self.generator_ranks = generators
         self.generates = self.rank in self.generator_ranks
         # An engine is a block of ranks that step together; only its first rank speaks for it.
         t = tensor_parallel_size
-        self.engines = [
-            self.generator_ranks[i : i + t] for i in range(0, len(self.generator_ranks), t)
-        ]
+        self.engines = [generators[i : i + t] for i in range(0, len(generators), t)]
         self.engine_ranks = next((e for e in self.engines if self.rank in e), [])
         self.engine = self.engines.index(self.engine_ranks) if self.engine_ranks else -1
         # Who brings rows to `gather`: the first rank of each engine; without engines the first
