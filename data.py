@@ -18,13 +18,14 @@ class Examples:
             self.task, self.left_out = load_task(cfg), 0
             if not hasattr(self.task, "demonstration"):
                 raise UserError(f"task={cfg.task} has no demonstrations to learn from: give --data")
-            self.heldout = [self.demonstration("heldout", i, 1.0) for i in range(cfg.eval_size)]
+            rows = [self.demonstration("heldout", i, 1.0) for i in range(cfg.eval_size)]
+            self.heldout = to_table(rows, 0)
             return
         rows = read_examples(cfg.data, "train")
         examples = [self.encode(pieces(example, where)) for where, example in rows]
         kept = [e for e in examples if len(e[0]) <= cfg.max_tokens]
         self.left_out, held = len(examples) - len(kept), min(cfg.eval_size, len(kept) // 10)
-        self.heldout, self.train = kept[:held], kept[held:]
+        self.heldout, self.train = to_table(kept[:held], 0), kept[held:]
         if not self.train:
             limit = f"max_tokens={cfg.max_tokens}"
             raise UserError(f"data={cfg.data}: no example has at most {limit} tokens")
@@ -71,10 +72,6 @@ class Examples:
             mask += [False] * (len(before) - len(tokens)) + [True] * (len(after) - len(before))
             tokens = after
         return tokens, mask
-
-    def heldout_table(self) -> Rollouts:
-        """All held-out examples as a table; `gather` takes the first trainer's."""
-        return to_table(self.heldout, 0)
 
     def batch(self, step: int) -> Rollouts:
         """The rows of a step as a table; `gather` takes the first trainer's and deals them out."""

@@ -170,13 +170,6 @@ def grpo(logprobs: torch.Tensor, rows, cfg) -> tuple[torch.Tensor, dict[str, tor
     return total(values, logprobs, rows, cfg), clip_fractions(ratio, rows, cfg)
 
 
-def dr_grpo(logprobs, rows, cfg):
-    """GRPO without its two biases: a fixed horizon as divisor, no std (arXiv 2503.20783, section
-    3.2). Both are settings (`aggregation=fixed`, `advantage=mean`), which `auto` chooses here.
-    """
-    return grpo(logprobs, rows, cfg)
-
-
 def dapo(logprobs, rows, cfg):
     """GRPO, where clip_high > clip_low gives rare tokens room (arXiv 2503.14476, eq. 8), and a
     negative advantage has a floor at `dual_clip` x A (dual-clip PPO, arXiv 1912.09729).
@@ -233,7 +226,10 @@ def reinforce(logprobs, rows, cfg):
     return total(-ratio * rows.advantage * logprobs, logprobs, rows, cfg), {}
 
 
-LOSSES = {f.__name__: f for f in (grpo, dr_grpo, dapo, cispo, gspo, sapo, reinforce)}
+# dr_grpo is GRPO without its two biases: a fixed horizon as divisor, no std (arXiv 2503.20783,
+# section 3.2). Both are settings, which `auto` chooses below.
+LOSSES = {"grpo": grpo, "dr_grpo": grpo}
+LOSSES |= {f.__name__: f for f in (dapo, cispo, gspo, sapo, reinforce)}
 # What `auto` (for the clip: -1) means: GRPO's, but for what a loss names. GRPO's paper has
 # `sequence`; `token` is DAPO's cure of the length bias that it brings.
 OWN = {
@@ -289,11 +285,7 @@ def figures(logprobs: torch.Tensor, rows, cfg) -> dict[str, torch.Tensor]:
     out = {"policy_age": age.sum(), "policy_age_max": age.max()}
     out |= {"ratio": ratio.sum(), "ratio_max": ratio.max()}
     out |= {"mismatch_kl": (d.clamp(-20, 20).expm1() - d).sum(), "mismatch_abs": d.abs().sum()}
-    out |= {
-        "mismatch_max": d.abs().max(),
-        "ess": weight.sum(),
-        "ess_squares": (weight**2).sum(),
-    }
+    out |= {"mismatch_max": d.abs().max(), "ess": weight.sum(), "ess_squares": (weight**2).sum()}
     out["mismatch_histogram"] = torch.bincount(far, minlength=len(HISTOGRAM) + 1)
     # By the settings, not by the columns: every rank adds up the same names, rows or not.
     if cfg.kl_coef:

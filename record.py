@@ -179,7 +179,11 @@ class Run:
             self.rows.append(line)
             self.tokens += metrics["tokens"]
             self.append("metrics.jsonl", line)
-            self.advance(step, line)
+            if self.bar is None:
+                where = {"file": self.screen, "dynamic_ncols": True}
+                self.bar = tqdm(total=self.cfg.steps, initial=step, unit="step", **where)
+            self.bar.set_postfix(report.postfix(line, self.evals), refresh=False)
+            self.bar.update(step + 1 - self.bar.n)
 
     def evaluation(self, version: int, rewards: list[float], of: int):
         """One engine's part of an evaluation; its line is written when all parts are here."""
@@ -190,13 +194,6 @@ class Run:
             self.evals[version] = mean, spread / of**0.5
             line = {"step": version, "eval_reward": mean, "eval_stderr": spread / of**0.5}
             self.append("metrics.jsonl", {**line, "eval_rows": of})
-
-    def advance(self, step: int, metrics: dict):
-        if self.bar is None:
-            where = {"file": self.screen, "dynamic_ncols": True}
-            self.bar = tqdm(total=self.cfg.steps, initial=step, unit="step", **where)
-        self.bar.set_postfix(report.postfix(metrics, self.evals), refresh=False)
-        self.bar.update(step + 1 - self.bar.n)
 
     def finish(self):
         """The bar's end, the curves, and the table that a person reads: once, whoever asks."""

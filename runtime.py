@@ -10,7 +10,6 @@ import datetime
 import difflib
 import importlib.util
 import inspect
-import operator
 import os
 import pathlib
 import re
@@ -19,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from operator import ge, gt, le, lt
 
 import torch
 import torch.distributed as dist
@@ -70,14 +70,11 @@ def settings(config_class, argv: list[str]):
     return config_class(**{name: values[name] for name in names})
 
 
-LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
-LIMITS["below"] = operator.lt
+LIMITS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 
 
 def limits(cfg, **tables: dict[str, float]):
-    """`limits(cfg, above={"lr": 0})`: UserError for the first setting beyond its limit. No number
-    may be negative, listed or not.
-    """
+    """UserError for the first setting beyond its limit; none may be negative, listed or not."""
     numbers = [f.name for f in dataclasses.fields(cfg) if f.type in (int, float)]
     tables["at_least"] = dict.fromkeys(numbers, 0) | tables["at_least"]
     for kind, table in tables.items():
@@ -159,8 +156,8 @@ class World:
         self.shards = [trainers[i : i + shard] for i in range(0, len(trainers), shard)]
         self.trains, self.writes = self.rank >= first_trainer, self.rank == first_trainer
         self.trainer_index = self.rank - first_trainer
-        generators = trainers if self.colocated else list(range(first_trainer))  # sft.py: none
-        self.generator_ranks = generators
+        generators = trainers if self.colocated else list(range(first_trainer))
+        self.generator_ranks = generators  # none in sft.py
         self.generates = self.rank in self.generator_ranks
         # An engine is a block of ranks that step together; only its first rank speaks for it.
         t = tensor_parallel_size

@@ -84,7 +84,7 @@ def main(cfg: Config, world, run):
     if world.writes and data.left_out:
         run.say(f"left out {data.left_out} examples: longer than max_tokens={cfg.max_tokens}")
     trainer = Trainer(cfg, world, tokenizer)
-    heldout = gather(data.heldout_table(), world, cfg.tokens_per_microbatch)
+    heldout = gather(data.heldout, world, cfg.tokens_per_microbatch)
     start = run.resume(trainer)
 
     for step in range(start, cfg.steps):

@@ -37,9 +37,8 @@ class Trainer:
         if not world.trains:
             return
         self.policy = build_policy(cfg, world)
-        self.frozen = {
-            column: build_policy(cfg, world, path) for column, path in (frozen or {}).items()
-        }
+        models = (frozen or {}).items()
+        self.frozen = {column: build_policy(cfg, world, path) for column, path in models}
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(),
             lr=cfg.lr,

@@ -22,9 +22,7 @@ def stream(trainer):
 
 
 def plan_buckets(trainer, limit: int) -> list[dict[str, tuple[int, ...]]]:
-    """The stream's names and shapes in buckets of at most `limit` elements; a larger tensor has a
-    bucket alone.
-    """
+    """The stream as {name: shape} in buckets of `limit` elements; a larger tensor has its own."""
     buckets, room = [], 0
     for name, p in trainer.policy.named_parameters():
         if not buckets or p.numel() > room:

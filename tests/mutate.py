@@ -140,16 +140,16 @@ MUTATIONS = r"""
 
 14 only the first sync loads: weights.py
 -             generator.load(views)
--         generator.new_version()
+-         generator.wake
 +             if generator.version < 0:
 +                 generator.load(views)
-+         generator.new_version()
++         generator.wake
 
 14 norms are left out: weights.py
 -             generator.load(views)
--         generator.new_version()
+-         generator.wake
 +             generator.load({k: v for k, v in views.items() if "norm" not in k})
-+         generator.new_version()
++         generator.wake
 
 15 no version in the salt: generator.py
 - str(self.version), stops
