@@ -19,13 +19,13 @@ class Examples:
             if not hasattr(self.task, "demonstration"):
                 raise UserError(f"task={cfg.task} has no demonstrations to learn from: give --data")
             rows = [self.demonstration("heldout", i, 1.0) for i in range(cfg.eval_size)]
-            self.heldout = to_table(rows, 0)
+            self.heldout = table(rows, 0)
             return
         rows = read_examples(cfg.data, "train")
         examples = [self.encode(pieces(example, where)) for where, example in rows]
         kept = [e for e in examples if len(e[0]) <= cfg.max_tokens]
         self.left_out, held = len(examples) - len(kept), min(cfg.eval_size, len(kept) // 10)
-        self.heldout, self.train = to_table(kept[:held], 0), kept[held:]
+        self.heldout, self.train = table(kept[:held], 0), kept[held:]
         if not self.train:
             limit = f"max_tokens={cfg.max_tokens}"
             raise UserError(f"data={cfg.data}: no example has at most {limit} tokens")
@@ -77,7 +77,7 @@ class Examples:
         """The rows of a step as a table; `gather` takes the first trainer's and deals them out."""
         first = step * self.cfg.rows_per_step
         rows = [self.example(i) for i in range(first, first + self.cfg.rows_per_step)]
-        return to_table(rows, step)
+        return table(rows, step)
 
 
 def pieces(example: dict, where: str) -> list:
@@ -91,15 +91,15 @@ def pieces(example: dict, where: str) -> list:
     return [(example["prompt"], False), (str(reply), True)]
 
 
-def to_table(rows: list[tuple[list[int], list[bool]]], step: int) -> Rollouts:
+def table(rows: list[tuple[list[int], list[bool]]], step: int) -> Rollouts:
     """Rows (tokens, mask) -> table. What only RL has is zero."""
-    table = Rollouts.blank(len(rows), max((len(tokens) for tokens, _ in rows), default=0))
+    out = Rollouts.blank(len(rows), max((len(tokens) for tokens, _ in rows), default=0))
     for i, (ids, trained) in enumerate(rows):
-        table.length[i] = len(ids)
-        table.tokens[i, : len(ids)] = torch.tensor(ids)
-        table.mask[i, : len(ids)] = torch.tensor(trained)
-    table.mask[:, :1] = False  # nothing comes before the first token
-    table.index += step * 2**32 + torch.arange(len(rows))
-    table.sampled = table.mask.sum(1)
-    table.weight, table.share = torch.ones(len(rows)), torch.ones(len(rows))
-    return table
+        out.length[i] = len(ids)
+        out.tokens[i, : len(ids)] = torch.tensor(ids)
+        out.mask[i, : len(ids)] = torch.tensor(trained)
+    out.mask[:, :1] = False  # nothing comes before the first token
+    out.index += step * 2**32 + torch.arange(len(rows))
+    out.sampled = out.mask.sum(1)
+    out.weight, out.share = torch.ones(len(rows)), torch.ones(len(rows))
+    return out

@@ -21,6 +21,7 @@ import grpo
 import weights
 from examples.calculator import Calculator
 from generator import Generator
+from report import save_rollouts
 from runtime import World
 from trainer import Trainer
 
@@ -61,7 +62,7 @@ def main(out: pathlib.Path, inflight: str):
     weights.export(trainer, out / "1", world)
     weights.sync(trainer, generator, world)
     for step in range(2):
-        generator.collect(step).save(out / f"rollouts/{step}/rows.safetensors")
+        save_rollouts(generator.collect(step), out / f"rollouts/{step}/rows.safetensors")
     world.close()
 
 
