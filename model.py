@@ -4,6 +4,7 @@ Rows lie one behind the other in a single sequence without padding; attention ke
 head never holds all logits: it goes through the sampled positions in chunks, forward and backward.
 """
 
+import functools
 import pathlib
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -26,37 +28,79 @@ from runtime import UserError
 
 @dataclass
 class Pack:
-    """How the rows lie in the one packed sequence."""
+    """A micro-batch as one sequence of P tokens: its rows, one behind the other.
 
-    starts: torch.Tensor  # (B + 1,) int32: where each row starts, and the end
-    longest: int
-    slot: torch.Tensor  # (sum of lengths,) int64: each token's place in the padded layout
+    `pack_rows` makes it on the host, where lengths are known: a GPU asked for them would have to
+    finish first, and then wait for its next work.
+    """
+
+    tokens: torch.Tensor  # (P,) int64
+    positions: torch.Tensor  # (P,) int64: each token's place in its row
+    starts: torch.Tensor  # (rows + 1,) int32: where each row starts, and the end
+    longest: int  # at least the longest row
+    slot: torch.Tensor  # (P,) int64: each token's place in the padded layout
+    wanted: torch.Tensor  # (K,) int64: the tokens whose log-probs are asked for
+    shape: torch.Size  # (B, T) of the padded layout
+    even: bool  # all rows have `longest` tokens
+
+
+def pack_rows(tokens, length, mask, device=torch.device("cpu")) -> Pack:
+    """Tokens (B, T), lengths (B,), mask of the wanted tokens (B, T), on the host -> Pack on device.
+
+    On a GPU P is rounded up to one of few sizes (at most 1/16 more, and no more for a power of 2),
+    by a row of its own, so that kernels and compiled functions see few shapes.
+    """
+    real = torch.arange(tokens.shape[1]) < length[:, None]  # (B, T)
+    slot = real.flatten().nonzero().flatten()
+    positions, packed = slot % tokens.shape[1], tokens[real]
+    # A row's first token has nothing before it.
+    wanted = (mask[real] & (positions > 0)).nonzero().flatten()
+    rows, even = length, bool((length == tokens.shape[1]).all())
+    step = max(2 ** ((len(slot) - 1).bit_length() - 4), 128)
+    if device.type == "cuda" and (more := -len(slot) % step):
+        rows, even = torch.cat([length, torch.tensor([more])]), False
+        packed, slot = F.pad(packed, (0, more)), F.pad(slot, (0, more))
+        positions = torch.cat([positions, torch.arange(more)])
+    starts = F.pad(rows.cumsum(0), (1, 0)).int()
+    parts = (send(x, device) for x in (packed, positions, starts, slot, wanted))
+    packed, positions, starts, slot, wanted = parts
+    longest = int(rows.max())
+    return Pack(packed, positions, starts, longest, slot, wanted, tokens.shape, even)
+
+
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device. From pinned memory, so that the host goes on meanwhile."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack = None, **kwargs):
-    """Queries (1, H, tokens, D), keys and values (1, H_kv, tokens, D) -> (1, tokens, H, D).
+    """Queries (1, H, P, D), keys and values (1, H_kv, P, D) -> (1, P, H, D), causal in each row.
 
-    Causal within each row. CUDA: flash attention over the packed layout. CPU: rows are laid out
-    padded for this one operation, because attention over the whole pack would cost tokens^2; the
-    padding is at the end, where causality hides it.
+    CUDA: cuDNN's kernel (the faster) where rows have one length, else flash attention over the
+    packed layout. CPU: rows are laid out padded for this one operation, because attention over the
+    whole pack would cost P^2; the padding is at the end, where causality hides it.
     """
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, H, D)
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
+    rows, gqa = len(pack.starts) - 1, query.shape[1] != key.shape[1]
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        if pack.even:
+            q, k, v = (
+                x[0].unflatten(1, (rows, pack.longest)).transpose(0, 1) for x in (query, key, value)
+            )
+            cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
+            out = cudnn(q, k, v, None, True, 0.0, True, False, scale=scaling)[0]  # (B, H, T, D)
+            return out.transpose(1, 2).flatten(0, 1)[None], None
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (P, H, D)
+        at = (pack.starts, pack.starts, pack.longest, pack.longest)
+        flash = torch.ops.aten._flash_attention_forward
+        return flash(q, k, v, *at, 0.0, True, False, scale=scaling)[0][None], None
 
-        groups = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v)) if groups > 1 else (k, v)
-        rows = (pack.starts, pack.starts, pack.longest, pack.longest)
-        return varlen_attn(q, k, v, *rows, scale=scaling, window_size=(-1, 0))[None], None
-    rows = len(pack.starts) - 1
-
-    def padded(x):  # (tokens, H, D) -> (B, H, longest, D)
+    def padded(x):  # (1, H, P, D) -> (B, H, longest, D)
+        x = x[0].transpose(0, 1)
         out = x.new_zeros(rows * pack.longest, *x.shape[1:]).index_copy(0, pack.slot, x)
         return out.view(rows, pack.longest, *x.shape[1:]).transpose(1, 2)
 
-    gqa = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(
-        padded(q), padded(k), padded(v), is_causal=True, scale=scaling, enable_gqa=gqa
+        padded(query), padded(key), padded(value), is_causal=True, scale=scaling, enable_gqa=gqa
     )
     return out.transpose(1, 2).flatten(0, 1)[pack.slot][None], None
 
@@ -75,39 +119,74 @@ def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
+    """total += a @ b, in total's type."""
+    if a.dtype == total.dtype or not a.is_cuda:
+        total += a.to(total.dtype) @ b.to(total.dtype)
+    else:  # inside the product: no pass over the total of its own
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+
+
+def absorb(logits, targets, temperature, top, total, product, chosen):
+    """Logits (K, chunk) of some words into running figures (K,) of the softmax over all of them:
+    largest logit, sum of exp(logit - largest), that sum times the logits, logit of the target.
+    """
+    logits = logits / temperature
+    higher = torch.maximum(top, logits.amax(-1))
+    p, shrink = (logits - higher[:, None]).exp(), (top - higher).exp()
+    here = (targets >= 0) & (targets < logits.shape[1])
+    found = logits.gather(-1, targets.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    total, product = total * shrink + p.sum(-1), product * shrink + (p * logits).sum(-1)
+    return higher, total, product, torch.where(here, found, chosen)
+
+
+def logit_gradient(logits, targets, logsumexp, grad, temperature, dtype):
+    """d(sum of grad * log-prob) / d(logits before the temperature): (K, chunk), in `dtype`."""
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    probability = (logits / temperature - logsumexp[:, None]).exp()
+    return ((hit.to(logits.dtype) - probability) * (grad / temperature)[:, None]).to(dtype)
+
+
+@functools.cache
+def fused(function):
+    """Compiled where it pays: one pass over the logits in place of ten."""
+    return torch.compile(function, dynamic=True)
+
+
 class ChunkedHead(torch.autograd.Function):
-    """log p(target) and entropy, `chunk` positions at a time; backward makes the logits again."""
+    """log p(target) and entropy, `chunk` words of the vocabulary at a time: no more than (K, chunk)
+    logits exist. The backward makes them again; a word's weights get their gradient in one product.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
-        ctx.save_for_backward(hidden, weight, targets)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        top, total, product, chosen = hidden.new_zeros(4, len(targets), dtype=wide)
+        step = fused(absorb) if hidden.is_cuda else absorb
+        state = top - torch.inf, total, product, chosen
+        for first in range(0, len(weight), chunk):
+            logits = matmul_fp32(hidden, weight[first : first + chunk].T)  # (K, chunk)
+            state = step(logits, targets - first, temperature, *state)
+        top, total, product, chosen = state
+        logsumexp = top + total.log()
+        entropy = logsumexp - product / total
+        ctx.save_for_backward(hidden, weight, targets, logsumexp)
         ctx.temperature, ctx.chunk = temperature, chunk
-        out = []
-        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            logits = matmul_fp32(h, weight.T).div_(temperature)  # (chunk, V)
-            logsumexp = logits.logsumexp(-1)
-            logprob = logits.gather(-1, t[:, None])[:, 0] - logsumexp
-            entropy = logsumexp - (logits.sub(logsumexp[:, None]).exp_().mul_(logits)).sum(-1)
-            out.append(torch.stack([logprob, entropy]))
-        logprobs, entropy = torch.cat(out, 1)
         ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return chosen - logsumexp, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for at in torch.arange(len(targets), device=hidden.device).split(ctx.chunk):
-            a, b = int(at[0]), int(at[-1]) + 1
-            h, g = hidden[a:b], grad[a:b, None]
-            logits = matmul_fp32(h, weight.T).div_(ctx.temperature)  # (chunk, V)
-            d_logits = logits.softmax(-1).mul_(-g)
-            d_logits.scatter_add_(1, targets[a:b, None], g.to(d_logits.dtype)).div_(ctx.temperature)
-            d_logits = d_logits.to(weight.dtype)
-            d_hidden[a:b] = d_logits @ weight
-            d_weight += matmul_fp32(d_logits.T, h)
-        return d_hidden, d_weight.to(weight.dtype), None, None, None
+        hidden, weight, targets, logsumexp = ctx.saved_tensors
+        d_hidden, d_weight = torch.zeros_like(hidden, dtype=grad.dtype), torch.empty_like(weight)
+        step = fused(logit_gradient) if hidden.is_cuda else logit_gradient
+        for first in range(0, len(weight), ctx.chunk):
+            words = weight[first : first + ctx.chunk]
+            logits = matmul_fp32(hidden, words.T)  # (K, chunk)
+            d_logits = step(logits, targets - first, logsumexp, grad, ctx.temperature, weight.dtype)
+            add_product(d_hidden, d_logits, words)
+            torch.mm(d_logits.T, hidden, out=d_weight[first : first + ctx.chunk])
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
 def head_logprobs(hidden, weight, targets, temperature: float, chunk: int):
@@ -137,34 +216,29 @@ class Policy(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
 
-    def forward(self, tokens, length, mask):
-        """Tokens (B, T), lengths (B,), mask of the wanted tokens (B, T) -> log-probs and entropy.
-
-        Both are (B, T) and 0 where nothing was wanted. The entropy has no gradient.
+    def forward(self, pack: Pack):
+        """-> log-probs and entropy of the wanted tokens, (B, T) each and 0 elsewhere. The entropy has
+        no gradient.
         """
-        real = torch.arange(tokens.shape[1], device=tokens.device) < length[:, None]  # (B, T)
-        slot = real.flatten().nonzero().flatten()
-        starts = F.pad(length.cumsum(0), (1, 0)).int()
-        positions = slot % tokens.shape[1]
-        pack = Pack(starts, tokens.shape[1], slot)
-        packed = tokens[real]  # (sum of lengths,)
         hidden = self.lm.model(
-            input_ids=packed[None],
-            position_ids=positions[None],
-            attention_mask=None,
+            input_ids=pack.tokens[None],
+            position_ids=pack.positions[None],
+            attention_mask=pack.tokens.new_zeros(1, 1, 1, 1),  # see `check_config`
             use_cache=False,
             pack=pack,
         ).last_hidden_state[0]
-        # A row's first token has nothing before it.
-        wanted = (mask[real] & (positions > 0)).nonzero().flatten()
-        head = self.lm.get_output_embeddings().weight
+        head, wanted = self.lm.get_output_embeddings().weight, pack.wanted
         logprobs, entropy = head_logprobs(
-            hidden[wanted - 1], head, packed[wanted], self.temperature, self.chunk
+            hidden.index_select(0, wanted - 1),
+            head,
+            pack.tokens[wanted],
+            self.temperature,
+            self.chunk,
         )
 
         def table(values):
-            flat = values.new_zeros(tokens.numel()).index_copy(0, slot[wanted], values)
-            return flat.view(tokens.shape)
+            flat = values.new_zeros(pack.shape.numel())
+            return flat.index_copy(0, pack.slot[wanted], values).view(pack.shape)
 
         return table(logprobs), table(entropy.detach())
 
@@ -203,7 +277,7 @@ def check_config(path: str) -> AutoConfig:
     lm.model.layers = lm.model.layers[:1]
     two = torch.zeros(1, 2, dtype=torch.long, device="meta")
     mask = two.expand(1, 1, 2, 2)  # of no effect, but without one transformers looks at positions
-    pack = Pack(two[0].int(), 2, two[0])
+    pack = Pack(two[0], two[0], two[0].int(), 2, two[0], two[0], mask.shape, False)
     try:
         lm.model(input_ids=two, position_ids=two, attention_mask=mask, use_cache=False, pack=pack)
     except (AttributeError, TypeError):
@@ -233,8 +307,6 @@ def build_policy(cfg, world, frozen: str | None = None) -> Policy:
     else:
         lm = AutoModelForCausalLM.from_pretrained(path, **how)
     lm.train(not frozen).requires_grad_(not frozen)
-    if cfg.activation_checkpointing and not frozen:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
     shard = {
         "mesh": trainer_mesh(world),
         "mp_policy": MixedPrecisionPolicy(
@@ -245,14 +317,21 @@ def build_policy(cfg, world, frozen: str | None = None) -> Policy:
     }
     if frozen and cfg.offload_frozen and world.cuda:
         shard["offload_policy"] = CPUOffloadPolicy()
+    alone = world.num_trainers == 1
+    if alone and not frozen:  # nothing to gather again for the backward, only to cast again
+        shard["reshard_after_forward"] = False
     for layer in lm.model.layers:
+        # Inside out: what is recomputed, one compiled function around it, FSDP's hooks around that.
+        if not frozen:
+            layer.forward = checkpointed(layer.forward, cfg.activation_checkpointing)
         if cfg.compile:
-            layer.compile()
+            layer.forward = torch.compile(layer.forward)
         fully_shard(layer, **shard)
     policy = Policy(lm, getattr(cfg, "temperature", 1.0), cfg.head_chunk)
     fully_shard(policy, **shard)
     for module in policy.modules():
-        if hasattr(module, "set_gradient_divide_factor"):
+        # Alone nothing is divided; a factor would cost a pass over the gradient.
+        if isinstance(module, FSDPModule) and not alone:
             module.set_gradient_divide_factor(1.0)  # sums: the loss has its global divisor
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     return policy
@@ -266,6 +345,26 @@ def trainer_mesh(world) -> DeviceMesh:
     return DeviceMesh.from_group(
         world.mesh, world.device.type, mesh=torch.tensor(world.shards), mesh_dim_names=names
     )
+
+
+aten = torch.ops.aten
+SAVED = [aten.mm, aten.addmm, aten._scaled_dot_product_cudnn_attention]
+SAVED += [aten._flash_attention_forward, aten._scaled_dot_product_flash_attention_for_cpu]
+
+
+def checkpointed(forward, kind: str):
+    """A layer's forward whose backward makes again all that it needs (full), or all but the outputs
+    of matrix products and attention (selective): little memory, or little work.
+    """
+    how = {"use_reentrant": False, "preserve_rng_state": False}
+    if kind == "selective":
+        saved = [op.default for op in SAVED]
+        how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, saved)
+
+    def twice(*args, **kwargs):
+        return checkpoint(forward, *args, **how, **kwargs)
+
+    return forward if kind == "none" else twice
 
 
 def compute_dtype(cfg, world) -> torch.dtype:

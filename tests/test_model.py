@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from model import Policy, check_config, head_logprobs
+from model import Policy, check_config, head_logprobs, pack_rows
 from runtime import UserError
 
 LENGTHS = [9, 2, 14, 5]
@@ -29,7 +29,7 @@ def policy(path, chunk=0, temperature=1.0, dtype=torch.float64):
 def test_logprobs_are_those_of_each_row_alone(tiny, name):
     """Packed rows against one forward per row: shift, positions and the attention's borders."""
     tokens, length, mask = rows()
-    ours, entropy = policy(tiny(name), temperature=0.7)(tokens, length, mask)
+    ours, entropy = policy(tiny(name), temperature=0.7)(pack_rows(tokens, length, mask))
     plain = AutoModelForCausalLM.from_pretrained(
         tiny(name), dtype=torch.float64, attn_implementation="sdpa"
     )
@@ -69,7 +69,7 @@ def test_chunked_head_against_finite_differences():
 def test_two_forwards_are_equal_in_training_mode(tiny):
     """No dropout: what the trainer computes twice is the same."""
     p = policy(tiny("llama"), dtype=torch.float32).train()
-    a, b = p(*rows())[0], p(*rows())[0]
+    a, b = p(pack_rows(*rows()))[0], p(pack_rows(*rows()))[0]
     assert torch.equal(a, b)
 
 

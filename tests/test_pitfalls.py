@@ -22,7 +22,7 @@ import grpo
 import losses
 import tasks
 from generator import Generator
-from model import Policy, head_logprobs
+from model import Policy, head_logprobs, pack_rows
 from rollouts import Rollouts, from_rows, load_rollouts
 from runtime import UserError, World
 from trainer import Trainer
@@ -114,7 +114,7 @@ def policy(path: str, chunk: int = 0, **settings) -> Policy:
 
 
 def logprobs_of(policy, table: Rollouts) -> torch.Tensor:
-    return policy(table.tokens, table.length, table.mask)[0]
+    return policy(pack_rows(table.tokens, table.length, table.mask))[0]
 
 
 def assert_brute_force(path: str, table: Rollouts, found: torch.Tensor, temperature: float = 1.0):
