@@ -37,35 +37,42 @@ class Pack:
     tokens: torch.Tensor  # (P,) int64
     positions: torch.Tensor  # (P,) int64: each token's place in its row
     starts: torch.Tensor  # (rows + 1,) int32: where each row starts, and the end
-    longest: int  # at least the longest row
-    slot: torch.Tensor  # (P,) int64: each token's place in the padded layout
+    slot: torch.Tensor  # (P,) int64: each token's place in the padded layout, (rows, longest)
     wanted: torch.Tensor  # (K,) int64: the tokens whose log-probs are asked for
-    shape: torch.Size  # (B, T) of the padded layout
+    longest: int  # at least the longest row
     even: bool  # all rows have `longest` tokens
+    shape: tuple[int, int]  # (B, T) of what was packed
 
 
-def pack_rows(tokens, length, mask, device=torch.device("cpu")) -> Pack:
-    """Tokens (B, T), lengths (B,), mask of the wanted tokens (B, T), on the host -> Pack on device.
+def pack_rows(tokens, length, mask, device: str | torch.device = "cpu") -> Pack:
+    """Tokens (B, T), lengths (B,), wanted tokens (B, T) bool, on the host -> Pack on the device.
 
-    On a GPU P is rounded up to one of few sizes (at most 1/16 more, and no more for a power of 2),
-    by a row of its own, so that kernels and compiled functions see few shapes.
+    On a GPU P is rounded up to one of few sizes, so that compiled functions see few shapes and
+    kernels round ones: rows that are about even all get the same room, else the rest is a row.
     """
-    real = torch.arange(tokens.shape[1]) < length[:, None]  # (B, T)
+    (b, t), device, room = tokens.shape, torch.device(device), length
+    if device.type == "cuda":
+        total, wide = int(length.sum()), few_sizes(t)
+        if b * wide <= total * 17 / 16:
+            room = torch.full_like(length, wide)
+        elif more := few_sizes(total) - total:
+            room = torch.cat([length, torch.tensor([more])])
+    longest = max(t, int(room.max()))
+    tokens, mask = (F.pad(x, (0, longest - t, 0, len(room) - b)) for x in (tokens, mask))
+    real = torch.arange(longest) < room[:, None]  # (rows, longest)
     slot = real.flatten().nonzero().flatten()
-    positions, packed = slot % tokens.shape[1], tokens[real]
+    positions = slot % longest
     # A row's first token has nothing before it.
     wanted = (mask[real] & (positions > 0)).nonzero().flatten()
-    rows, even = length, bool((length == tokens.shape[1]).all())
-    step = max(2 ** ((len(slot) - 1).bit_length() - 4), 128)
-    if device.type == "cuda" and (more := -len(slot) % step):
-        rows, even = torch.cat([length, torch.tensor([more])]), False
-        packed, slot = F.pad(packed, (0, more)), F.pad(slot, (0, more))
-        positions = torch.cat([positions, torch.arange(more)])
-    starts = F.pad(rows.cumsum(0), (1, 0)).int()
-    parts = (send(x, device) for x in (packed, positions, starts, slot, wanted))
-    packed, positions, starts, slot, wanted = parts
-    longest = int(rows.max())
-    return Pack(packed, positions, starts, longest, slot, wanted, tokens.shape, even)
+    parts = tokens[real], positions, F.pad(room.cumsum(0), (1, 0)).int(), slot, wanted
+    even = bool((room == longest).all())
+    return Pack(*(send(x, device) for x in parts), longest, even, (b, t))
+
+
+def few_sizes(n: int) -> int:
+    """n rounded up by less than 1/8, mostly 1/16 or less; powers of 2 stay, 128 is the step."""
+    step = max(2 ** ((n - 1).bit_length() - 4), 128)
+    return -(-n // step) * step
 
 
 def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -217,8 +224,9 @@ class Policy(nn.Module):
                 module.p = 0.0
 
     def forward(self, pack: Pack):
-        """-> log-probs and entropy of the wanted tokens, (B, T) each and 0 elsewhere. The entropy has
-        no gradient.
+        """-> log-probs and entropy of the wanted tokens, (B, T) each and 0 elsewhere.
+
+        The entropy has no gradient.
         """
         hidden = self.lm.model(
             input_ids=pack.tokens[None],
@@ -237,8 +245,9 @@ class Policy(nn.Module):
         )
 
         def table(values):
-            flat = values.new_zeros(pack.shape.numel())
-            return flat.index_copy(0, pack.slot[wanted], values).view(pack.shape)
+            flat = values.new_zeros((len(pack.starts) - 1) * pack.longest)
+            flat = flat.index_copy(0, pack.slot[wanted], values).view(-1, pack.longest)
+            return flat[: pack.shape[0], : pack.shape[1]]
 
         return table(logprobs), table(entropy.detach())
 
@@ -277,7 +286,7 @@ def check_config(path: str) -> AutoConfig:
     lm.model.layers = lm.model.layers[:1]
     two = torch.zeros(1, 2, dtype=torch.long, device="meta")
     mask = two.expand(1, 1, 2, 2)  # of no effect, but without one transformers looks at positions
-    pack = Pack(two[0], two[0], two[0].int(), 2, two[0], two[0], mask.shape, False)
+    pack = Pack(two[0], two[0], two[0].int(), two[0], two[0], 2, False, (1, 2))
     try:
         lm.model(input_ids=two, position_ids=two, attention_mask=mask, use_cache=False, pack=pack)
     except (AttributeError, TypeError):

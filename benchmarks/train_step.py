@@ -67,9 +67,9 @@ ROWS = {  # lengths of the documents of one micro-batch, micro-batches of a step
 def seconds(run, repeats: int = 10) -> float:
     """Median time of a call, by the device's own clock where it has one."""
     cuda, times = torch.cuda.is_available(), []
-    for i in range(repeats + 3):
+    for _ in range(repeats + 3):
         if cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (torch.cuda.Event(enable_timing=True) for _i in range(2))
             start.record()
         before = time.perf_counter()
         run()
@@ -94,7 +94,7 @@ def products(model: dict, tokens: int, device) -> float:
             torch.randn(s, device=device, dtype=torch.bfloat16)
             for s in ((tokens, k), (n, k), (tokens, n))
         )
-        total += times * seconds(lambda: (x @ w.T, g @ w, g.T @ x))
+        total += times * seconds(lambda x=x, w=w, g=g: (x @ w.T, g @ w, g.T @ x))
     return total * model["num_hidden_layers"]
 
 

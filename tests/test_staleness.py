@@ -103,7 +103,9 @@ def test_figures_say_how_stale(policies):
     table.index += 3 * 2**32  # trained at step 3, sampled by version 0
     cfg = SimpleNamespace(**vars(grpo.Config(loss="grpo", clip_low=0.2, clip_high=0.28)))
     table.advantage = losses.group_advantages(table, "mean")
-    sums = losses.figures(new(table.tokens, table.length, table.mask)[0].detach(), table, cfg)
+    sums = losses.figures(
+        new(pack_rows(table.tokens, table.length, table.mask))[0].detach(), table, cfg
+    )
     assert sums["policy_age_max"] == 3 and sums["policy_age"] == 3 * ROWS
     ess = losses.derived({k: v if v.numel() > 1 else float(v) / ROWS for k, v in sums.items()})[
         "ess"
