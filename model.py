@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
+from head import head_logprobs
 from runtime import UserError
 
 # ---------------------------------------------------------------- attention over packed rows
@@ -115,100 +116,6 @@ def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack =
 AttentionInterface.register("packed", packed_attention)
 # Rows are told apart by Pack, not by a mask.
 AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
-
-# ---------------------------------------------------------------- head
-
-
-def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in at least float32, also from bf16 inputs: logits must not be rounded to bf16."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-
-
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
-    """total += a @ b, in total's type."""
-    if a.dtype == total.dtype or not a.is_cuda:
-        total += a.to(total.dtype) @ b.to(total.dtype)
-    else:  # inside the product: no pass over the total of its own
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
-
-
-def absorb(logits, targets, temperature, top, total, product, chosen):
-    """Logits (K, chunk) of some words into running figures (K,) of the softmax over all of them:
-    largest logit, sum of exp(logit - largest), that sum times the logits, logit of the target.
-    """
-    logits = logits / temperature
-    higher = torch.maximum(top, logits.amax(-1))
-    p, shrink = (logits - higher[:, None]).exp(), (top - higher).exp()
-    here = (targets >= 0) & (targets < logits.shape[1])
-    found = logits.gather(-1, targets.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-    total, product = total * shrink + p.sum(-1), product * shrink + (p * logits).sum(-1)
-    return higher, total, product, torch.where(here, found, chosen)
-
-
-def logit_gradient(logits, targets, logsumexp, grad, temperature, dtype):
-    """d(sum of grad * log-prob) / d(logits before the temperature): (K, chunk), in `dtype`."""
-    hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    probability = (logits / temperature - logsumexp[:, None]).exp()
-    return ((hit.to(logits.dtype) - probability) * (grad / temperature)[:, None]).to(dtype)
-
-
-@functools.cache
-def fused(function):
-    """Compiled where it pays: one pass over the logits in place of ten."""
-    return torch.compile(function, dynamic=True)
-
-
-class ChunkedHead(torch.autograd.Function):
-    """log p(target) and entropy, `chunk` words of the vocabulary at a time: no more than (K, chunk)
-    logits exist. The backward makes them again; a word's weights get their gradient in one product.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        top, total, product, chosen = hidden.new_zeros(4, len(targets), dtype=wide)
-        step = fused(absorb) if hidden.is_cuda else absorb
-        state = top - torch.inf, total, product, chosen
-        for first in range(0, len(weight), chunk):
-            logits = matmul_fp32(hidden, weight[first : first + chunk].T)  # (K, chunk)
-            state = step(logits, targets - first, temperature, *state)
-        top, total, product, chosen = state
-        logsumexp = top + total.log()
-        entropy = logsumexp - product / total
-        ctx.save_for_backward(hidden, weight, targets, logsumexp)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.mark_non_differentiable(entropy)
-        return chosen - logsumexp, entropy
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        hidden, weight, targets, logsumexp = ctx.saved_tensors
-        d_hidden, d_weight = torch.zeros_like(hidden, dtype=grad.dtype), torch.empty_like(weight)
-        step = fused(logit_gradient) if hidden.is_cuda else logit_gradient
-        for first in range(0, len(weight), ctx.chunk):
-            words = weight[first : first + ctx.chunk]
-            logits = matmul_fp32(hidden, words.T)  # (K, chunk)
-            d_logits = step(logits, targets - first, logsumexp, grad, ctx.temperature, weight.dtype)
-            add_product(d_hidden, d_logits, words)
-            torch.mm(d_logits.T, hidden, out=d_weight[first : first + ctx.chunk])
-        return d_hidden.to(hidden.dtype), d_weight, None, None, None
-
-
-def head_logprobs(hidden, weight, targets, temperature: float, chunk: int):
-    """(K, D) hidden states, (V, D) head, (K,) targets -> log-probs and entropy (K,) each, float32.
-
-    chunk=0 is the dense head, written plainly: all (K, V) logits at once.
-    """
-    if chunk and len(targets):
-        return ChunkedHead.apply(hidden, weight, targets, temperature, chunk)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = hidden.to(wide) @ weight.to(wide).T / temperature  # (K, V)
-    logp = logits.log_softmax(-1)
-    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-    return logp.gather(-1, targets[:, None])[:, 0], entropy
-
 
 # ---------------------------------------------------------------- policy
 

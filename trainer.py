@@ -103,7 +103,10 @@ class Trainer:
             for mini, plan in list(enumerate(rollouts.plan)) * epochs:
                 table = rollouts.all.take((rollouts.all.minibatch == mini).nonzero().flatten())
                 count = divisor(table, cfg)
-                for _, rows, pack in self.microbatches(rollouts, plan):
+                for i, (_, rows, pack) in enumerate(self.microbatches(rollouts, plan)):
+                    if self.world.num_trainers == 1:  # gradients add up where they are made
+                        self.policy.set_requires_gradient_sync(i == len(plan) - 1)
+                        self.policy.set_reshard_after_backward(i == len(plan) - 1)
                     logprobs, entropy = self.policy(pack)
                     loss, parts = loss_fn(logprobs, rows, cfg)
                     (loss / count).backward()

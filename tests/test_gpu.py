@@ -7,12 +7,13 @@ import torch
 
 import grpo
 import losses
-from model import Policy, head_logprobs, pack_rows, packed_attention
+from head import head_logprobs
+from model import Policy, pack_rows, packed_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
 
-@pytest.mark.parametrize("lengths", [[70, 3, 129, 1, 40], [128, 127, 120], [200]])
+@pytest.mark.parametrize("lengths", [[70, 3, 129, 1, 40], [128, 127, 120], [250]])
 def test_attention_keeps_rows_apart(lengths):
     """bf16 attention (flash where rows are uneven, else cuDNN) against the float32 path on a CPU:
     values and gradients, grouped key/value heads.

@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "losses": set(),
     "tasks": {"runtime"},  # for UserError alone
     "rollouts": set(),
-    "model": {"runtime"},
+    "head": set(),
+    "model": {"runtime", "head"},
     "trainer": {"runtime", "rollouts", "model"},
     "engine": {"runtime"},
     "generator": {"runtime", "rollouts", "tasks", "engine"},
