@@ -2,6 +2,7 @@
 
 The words go by in chunks. Products of full size make (K, chunk) logits; one pass over them folds
 them into the softmax, and in the backward, where they are made again, turns them into a gradient.
+A word's weights get theirs in one product over all tokens.
 """
 
 import torch
@@ -28,6 +29,12 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
         total += matmul_fp32(a, b)
 
 
+def by_row(kernel, logits, *args):
+    """A program for each row, which it reads once."""
+    block = triton.next_power_of_2(logits.shape[1])
+    kernel[(len(logits),)](logits, *args, *logits.shape, block, num_warps=8)
+
+
 def absorb(logits, targets, temperature: float, state):
     """Fold logits (K, chunk) of some words into what is known of the softmax over all, (4, K):
     largest logit, sum of exp(logit - largest), that sum times the logits, the target's logit.
@@ -35,12 +42,7 @@ def absorb(logits, targets, temperature: float, state):
     Targets (K,) count from the chunk's first word, and may lie outside of it.
     """
     if logits.is_cuda and logits.dtype == torch.float32:
-        shape = len(targets), logits.shape[1]
-        block = triton.next_power_of_2(shape[1])
-        absorb_kernel[shape[:1]](
-            logits, targets, 1 / temperature, state, *shape, block, num_warps=8
-        )
-        return
+        return by_row(absorb_kernel, logits, targets, 1 / temperature, state)
     logits, (top, total, product, chosen) = logits / temperature, state
     higher = torch.maximum(top, logits.amax(-1))
     p, shrink = (logits - higher[:, None]).exp(), (top - higher).exp()
@@ -53,10 +55,7 @@ def absorb(logits, targets, temperature: float, state):
 def logit_gradient(logits, targets, temperature: float, logsumexp, grad, out):
     """d(sum of grad * log-prob) / d(logits before the temperature) -> out (K, chunk)."""
     if logits.is_cuda and logits.dtype == torch.float32:
-        block, words = triton.next_power_of_2(logits.shape[1]), logits.shape[1]
-        how = (logits, targets, 1 / temperature, logsumexp, grad, out, words, block)
-        gradient_kernel[(len(targets),)](*how, num_warps=8)
-        return
+        return by_row(gradient_kernel, logits, targets, 1 / temperature, logsumexp, grad, out)
     hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     probability = (logits / temperature - logsumexp[:, None]).exp()
     out.copy_((hit.to(logits.dtype) - probability) * (grad / temperature)[:, None])
@@ -66,11 +65,11 @@ if triton:
 
     @triton.jit
     def absorb_kernel(logits, targets, scale, state, K, C, BLOCK: tl.constexpr):
-        """One program a row, which it reads once."""
         row, at = tl.program_id(0), tl.arange(0, BLOCK)
         target = tl.load(targets + row)
         x = tl.load(logits + row.to(tl.int64) * C + at, at < C, float("-inf")) * scale
-        top, total, product = (tl.load(state + i * K + row) for i in range(3))
+        top, total = tl.load(state + row), tl.load(state + K + row)
+        product = tl.load(state + 2 * K + row)
         higher = tl.maximum(top, tl.max(x))
         p, shrink = tl.exp(x - higher), tl.exp(top - higher)
         tl.store(state + row, higher)
@@ -80,19 +79,16 @@ if triton:
             tl.store(state + 3 * K + row, tl.sum(tl.where(at == target, x, 0.0)))
 
     @triton.jit
-    def gradient_kernel(logits, targets, scale, logsumexp, grad, out, C, BLOCK: tl.constexpr):
-        """One program a row; written in the type of `out`."""
+    def gradient_kernel(logits, targets, scale, lse, grad, out, K, C, BLOCK: tl.constexpr):
         row, at = tl.program_id(0), tl.arange(0, BLOCK)
         x = tl.load(logits + row.to(tl.int64) * C + at, at < C, float("-inf")) * scale
         hit = tl.where(at == tl.load(targets + row), 1.0, 0.0)
-        d = (hit - tl.exp(x - tl.load(logsumexp + row))) * tl.load(grad + row) * scale
+        d = (hit - tl.exp(x - tl.load(lse + row))) * tl.load(grad + row) * scale
         tl.store(out + row.to(tl.int64) * C + at, d.to(out.dtype.element_ty), at < C)
 
 
 class ChunkedHead(torch.autograd.Function):
-    """log p(target) and entropy, `chunk` words at a time; a word's weights get their gradient in one
-    product over all tokens.
-    """
+    """log p(target) and entropy, `chunk` words at a time."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):

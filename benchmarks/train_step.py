@@ -126,16 +126,10 @@ def attention(model: dict, lengths: list[int], device, kind: str) -> float:
     def flash():
         return aten._flash_attention_forward(*flat(), *at, 0.0, True, False, scale=size**-0.5)[0]
 
-    def cudnn_packed():
-        return aten._cudnn_attention_forward(
-            *flat(), None, *at, True, 0.0, True, False, scale=size**-0.5
-        )[0]
-
     def ours():
         return packed_attention(None, q, k, v, None, scaling=size**-0.5, pack=pack)[0][0]
 
-    run = {"flash, repeated": flash_repeated, "flash": flash, "cudnn, packed": cudnn_packed}
-    run = {**run, "ours": ours}[kind]
+    run = {"flash, repeated": flash_repeated, "flash": flash, "ours": ours}[kind]
     one = seconds(lambda: torch.autograd.grad(run(), (q, k, v), grad[0]))
     return one * model["num_hidden_layers"]
 
@@ -169,7 +163,7 @@ def floors(row: str, chunk: int, device) -> dict:
     name, lengths, _, _ = ROWS[row]
     model, tokens, out = MODELS[name], sum(lengths), {}
     out["products"] = products(model, tokens, device)
-    for kind in ("ours", "flash", "flash, repeated", "cudnn, packed"):
+    for kind in ("ours", "flash", "flash, repeated"):
         try:
             out[f"attention: {kind}"] = attention(model, lengths, device, kind)
         except Exception as error:
