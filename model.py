@@ -21,26 +21,25 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from head import head_logprobs
 from runtime import UserError
+
+aten = torch.ops.aten
 
 # ---------------------------------------------------------------- attention over packed rows
 
 
 @dataclass
 class Pack:
-    """A micro-batch as one sequence of P tokens: its rows, one behind the other.
-
-    `pack_rows` makes it on the host, where lengths are known: a GPU asked for them would have to
-    finish first, and then wait for its next work.
+    """A micro-batch as one sequence of P tokens. It is made on the host, where lengths are known: a
+    GPU asked for them would have to finish first.
     """
 
-    tokens: torch.Tensor  # (P,) int64
+    tokens: torch.Tensor  # (P,) int64: rows, one behind the other
     positions: torch.Tensor  # (P,) int64: each token's place in its row
     starts: torch.Tensor  # (rows + 1,) int32: where each row starts, and the end
-    slot: torch.Tensor  # (P,) int64: each token's place in the padded layout, (rows, longest)
+    slot: torch.Tensor  # (P,) int64: each token's place in the padded layout (rows, longest)
     wanted: torch.Tensor  # (K,) int64: the tokens whose log-probs are asked for
-    longest: int  # at least the longest row
+    longest: int
     even: bool  # all rows have `longest` tokens
     shape: tuple[int, int]  # (B, T) of what was packed
 
@@ -48,16 +47,15 @@ class Pack:
 def pack_rows(tokens, length, mask, device: str | torch.device = "cpu") -> Pack:
     """Tokens (B, T), lengths (B,), wanted tokens (B, T) bool, on the host -> Pack on the device.
 
-    On a GPU P is rounded up to one of few sizes, so that compiled functions see few shapes and
-    kernels round ones: rows that are about even all get the same room, else the rest is a row.
+    On a GPU P is rounded up to one of few sizes, so that compiled functions see few shapes: rows
+    that are about even all get the same room, else what is missing is a row of its own.
     """
     (b, t), device, room = tokens.shape, torch.device(device), length
     if device.type == "cuda":
         total, wide = int(length.sum()), few_sizes(t)
+        room = torch.cat([length, torch.tensor([few_sizes(total) - total])])
         if b * wide <= total * 17 / 16:
             room = torch.full_like(length, wide)
-        elif more := few_sizes(total) - total:
-            room = torch.cat([length, torch.tensor([more])])
     longest = max(t, int(room.max()))
     tokens, mask = (F.pad(x, (0, longest - t, 0, len(room) - b)) for x in (tokens, mask))
     real = torch.arange(longest) < room[:, None]  # (rows, longest)
@@ -71,51 +69,136 @@ def pack_rows(tokens, length, mask, device: str | torch.device = "cpu") -> Pack:
 
 
 def few_sizes(n: int) -> int:
-    """n rounded up by less than 1/8, mostly 1/16 or less; powers of 2 stay, 128 is the step."""
+    """n rounded up by less than 1/8, or to 128; powers of 2 stay."""
     step = max(2 ** ((n - 1).bit_length() - 4), 128)
     return -(-n // step) * step
 
 
 def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device. From pinned memory, so that the host goes on meanwhile."""
+    """To the device; from pinned memory, so that the host goes on meanwhile."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack = None, **kwargs):
     """Queries (1, H, P, D), keys and values (1, H_kv, P, D) -> (1, P, H, D), causal in each row.
 
-    CUDA: cuDNN's kernel (the faster) where rows have one length, else flash attention over the
+    CUDA: cuDNN's kernel, the faster one, where rows have one length; else flash attention over the
     packed layout. CPU: rows are laid out padded for this one operation, because attention over the
     whole pack would cost P^2; the padding is at the end, where causality hides it.
     """
-    rows, gqa = len(pack.starts) - 1, query.shape[1] != key.shape[1]
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        if pack.even:
-            q, k, v = (
-                x[0].unflatten(1, (rows, pack.longest)).transpose(0, 1) for x in (query, key, value)
-            )
-            cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
-            out = cudnn(q, k, v, None, True, 0.0, True, False, scale=scaling)[0]  # (B, H, T, D)
-            return out.transpose(1, 2).flatten(0, 1)[None], None
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (P, H, D)
-        at = (pack.starts, pack.starts, pack.longest, pack.longest)
-        flash = torch.ops.aten._flash_attention_forward
-        return flash(q, k, v, *at, 0.0, True, False, scale=scaling)[0][None], None
+    qkv = [x[0].transpose(0, 1) for x in (query, key, value)]  # (P, H, D)
+    if fast := query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        if not pack.even:
+            at, how = (pack.starts, pack.starts, pack.longest, pack.longest), (0.0, True, False)
+            return aten._flash_attention_forward(*qkv, *at, *how, scale=scaling)[0][None], None
 
-    def padded(x):  # (1, H, P, D) -> (B, H, longest, D)
-        x = x[0].transpose(0, 1)
-        out = x.new_zeros(rows * pack.longest, *x.shape[1:]).index_copy(0, pack.slot, x)
-        return out.view(rows, pack.longest, *x.shape[1:]).transpose(1, 2)
+    def padded(x):  # (P, H, D) -> (rows, H, longest, D)
+        rows = len(pack.starts) - 1
+        if not pack.even:
+            new = x.new_zeros(rows * pack.longest, *x.shape[1:])
+            x = new.index_copy(0, pack.slot, x)
+        return x.unflatten(0, (rows, pack.longest)).transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(
-        padded(query), padded(key), padded(value), is_causal=True, scale=scaling, enable_gqa=gqa
-    )
-    return out.transpose(1, 2).flatten(0, 1)[pack.slot][None], None
+    q, k, v = (padded(x) for x in qkv)
+    if fast:
+        cudnn = aten._scaled_dot_product_cudnn_attention
+        out = cudnn(q, k, v, None, True, 0.0, True, False, scale=scaling)[0]
+    else:
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
+    out = out.transpose(1, 2).flatten(0, 1)  # (rows * longest, H, D)
+    return (out if pack.even else out[pack.slot])[None], None
 
 
 AttentionInterface.register("packed", packed_attention)
 # Rows are told apart by Pack, not by a mask.
 AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
+
+# ---------------------------------------------------------------- head
+
+
+def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in at least float32, also from bf16 inputs: logits must not be rounded to bf16."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def absorb(state, logits, targets, temperature):
+    """Fold logits (K, chunk) of some words into what is known of all, (K,) each: largest logit, sum
+    of exp(logit - largest), that sum times the logits, the target's logit.
+    """
+    (top, total, product, chosen), logits = state, logits / temperature
+    higher = torch.maximum(top, logits.amax(-1))
+    p, shrink = (logits - higher[:, None]).exp(), (top - higher).exp()
+    total, product = total * shrink + p.sum(-1), product * shrink + (p * logits).sum(-1)
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    return higher, total, product, chosen + torch.where(hit, logits, 0).sum(-1)
+
+
+def logit_gradient(logits, targets, temperature, logsumexp, grad, dtype):
+    """d(sum of grad * log-prob) / d(logits before the temperature): (K, chunk)."""
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    probability = (logits / temperature - logsumexp[:, None]).exp()
+    return ((hit.to(logits.dtype) - probability) * (grad / temperature)[:, None]).to(dtype)
+
+
+# On a GPU: one pass over the logits in place of ten.
+fused = functools.cache(functools.partial(torch.compile, dynamic=True))
+
+
+class ChunkedHead(torch.autograd.Function):
+    """log p(target) and entropy, `chunk` words of the vocabulary at a time; the backward makes the
+    logits again. A word's weights get their gradient in one product over all tokens.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        zero = hidden.new_zeros(
+            len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32)
+        )
+        state, step = (
+            (zero - torch.inf, zero, zero, zero),
+            fused(absorb) if hidden.is_cuda else absorb,
+        )
+        for first in range(0, len(weight), chunk):
+            logits = matmul_fp32(hidden, weight[first : first + chunk].T)  # (K, chunk)
+            state = step(state, logits, targets - first, temperature)
+        top, total, product, chosen = state
+        logsumexp = top + total.log()
+        entropy = logsumexp - product / total
+        ctx.save_for_backward(hidden, weight, targets, logsumexp)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(entropy)
+        return chosen - logsumexp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets, logsumexp = ctx.saved_tensors
+        d_hidden, d_weight = torch.zeros_like(hidden, dtype=grad.dtype), torch.empty_like(weight)
+        step = fused(logit_gradient) if hidden.is_cuda else logit_gradient
+        for first in range(0, len(weight), ctx.chunk):
+            words, here = weight[first : first + ctx.chunk], targets - first
+            logits = matmul_fp32(hidden, words.T)  # (K, chunk)
+            d_logits = step(logits, here, ctx.temperature, logsumexp, grad, weight.dtype)
+            d_hidden += matmul_fp32(d_logits, words)
+            torch.mm(d_logits.T, hidden, out=d_weight[first : first + ctx.chunk])
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None
+
+
+def head_logprobs(hidden, weight, targets, temperature: float, chunk: int):
+    """(K, D) hidden states, (V, D) head, (K,) targets -> log-probs and entropy (K,) each, float32.
+
+    chunk=0 is the dense head, written plainly: all (K, V) logits at once.
+    """
+    if chunk and len(targets):
+        return ChunkedHead.apply(hidden, weight, targets, temperature, chunk)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(wide) @ weight.to(wide).T / temperature  # (K, V)
+    logp = logits.log_softmax(-1)
+    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+    return logp.gather(-1, targets[:, None])[:, 0], entropy
+
 
 # ---------------------------------------------------------------- policy
 
@@ -263,24 +346,18 @@ def trainer_mesh(world) -> DeviceMesh:
     )
 
 
-aten = torch.ops.aten
-SAVED = [aten.mm, aten.addmm, aten._scaled_dot_product_cudnn_attention]
-SAVED += [aten._flash_attention_forward, aten._scaled_dot_product_flash_attention_for_cpu]
-
-
 def checkpointed(forward, kind: str):
     """A layer's forward whose backward makes again all that it needs (full), or all but the outputs
     of matrix products and attention (selective): little memory, or little work.
     """
+    saved = [aten.mm, aten.addmm, aten._scaled_dot_product_cudnn_attention]
+    saved += [aten._flash_attention_forward, aten._scaled_dot_product_flash_attention_for_cpu]
     how = {"use_reentrant": False, "preserve_rng_state": False}
     if kind == "selective":
-        saved = [op.default for op in SAVED]
+        saved = [op.default for op in saved]
         how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, saved)
-
-    def twice(*args, **kwargs):
-        return checkpoint(forward, *args, **how, **kwargs)
-
-    return forward if kind == "none" else twice
+    again = lambda *args, **kwargs: checkpoint(forward, *args, **how, **kwargs)  # noqa: E731
+    return forward if kind == "none" else again
 
 
 def compute_dtype(cfg, world) -> torch.dtype:

@@ -26,8 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import grpo
 import losses
 import sft
-from head import head_logprobs
-from model import pack_rows, packed_attention
+from model import head_logprobs, pack_rows, packed_attention
 from rollouts import Rollouts, gather
 from runtime import World
 from trainer import Trainer

@@ -7,8 +7,7 @@ import torch
 
 import grpo
 import losses
-from head import head_logprobs
-from model import Policy, pack_rows, packed_attention
+from model import Policy, head_logprobs, pack_rows, packed_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 

@@ -18,8 +18,7 @@ MAY_IMPORT = {
     "losses": set(),
     "tasks": {"runtime"},  # for UserError alone
     "rollouts": set(),
-    "head": set(),
-    "model": {"runtime", "head"},
+    "model": {"runtime"},
     "trainer": {"runtime", "rollouts", "model"},
     "engine": {"runtime"},
     "generator": {"runtime", "rollouts", "tasks", "engine"},

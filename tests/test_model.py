@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from head import head_logprobs
-from model import Policy, check_config, pack_rows
+from model import Policy, check_config, head_logprobs, pack_rows
 from runtime import UserError
 
 LENGTHS = [9, 2, 14, 5]

@@ -22,8 +22,7 @@ import grpo
 import losses
 import tasks
 from generator import Generator
-from head import head_logprobs
-from model import Policy, pack_rows
+from model import Policy, head_logprobs, pack_rows
 from rollouts import Rollouts, from_rows, load_rollouts
 from runtime import UserError, World
 from trainer import Trainer
