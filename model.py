@@ -86,26 +86,25 @@ def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack =
     packed layout. CPU: rows are laid out padded for this one operation, because attention over the
     whole pack would cost P^2; the padding is at the end, where causality hides it.
     """
+    fast, rows = query.is_cuda and query.dtype == torch.bfloat16, len(pack.starts) - 1
     qkv = [x[0].transpose(0, 1) for x in (query, key, value)]  # (P, H, D)
-    if fast := query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        if not pack.even:
-            at, how = (pack.starts, pack.starts, pack.longest, pack.longest), (0.0, True, False)
-            return aten._flash_attention_forward(*qkv, *at, *how, scale=scaling)[0][None], None
+    if fast and not pack.even:
+        at, how = (pack.starts, pack.starts, pack.longest, pack.longest), (0.0, True, False)
+        return aten._flash_attention_forward(*qkv, *at, *how, scale=scaling)[0][None], None
 
     def padded(x):  # (P, H, D) -> (rows, H, longest, D)
-        rows = len(pack.starts) - 1
         if not pack.even:
             new = x.new_zeros(rows * pack.longest, *x.shape[1:])
             x = new.index_copy(0, pack.slot, x)
         return x.unflatten(0, (rows, pack.longest)).transpose(1, 2)
 
-    q, k, v = (padded(x) for x in qkv)
+    q, k, v = map(padded, qkv)
     if fast:
         cudnn = aten._scaled_dot_product_cudnn_attention
         out = cudnn(q, k, v, None, True, 0.0, True, False, scale=scaling)[0]
     else:
-        gqa = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
+        how = {"scale": scaling, "enable_gqa": q.shape[1] != k.shape[1]}
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)
     out = out.transpose(1, 2).flatten(0, 1)  # (rows * longest, H, D)
     return (out if pack.even else out[pack.slot])[None], None
 
