@@ -1,7 +1,7 @@
 """The policy: a Hugging Face causal LM under FSDP2. Packed rows in, log-probs out.
 
 Rows lie one behind the other in a single sequence without padding; attention keeps them apart. The
-head never holds all logits: it goes through the sampled positions in chunks, forward and backward.
+head never holds all logits: the words go by in chunks, forward and backward.
 """
 
 import functools
@@ -30,9 +30,7 @@ aten = torch.ops.aten
 
 @dataclass
 class Pack:
-    """A micro-batch as one sequence of P tokens. It is made on the host, where lengths are known: a
-    GPU asked for them would have to finish first.
-    """
+    """A micro-batch as one sequence of P tokens. Made on the host: the GPU need not stop."""
 
     tokens: torch.Tensor  # (P,) int64: rows, one behind the other
     positions: torch.Tensor  # (P,) int64: each token's place in its row
@@ -47,8 +45,8 @@ class Pack:
 def pack_rows(tokens, length, mask, device: str | torch.device = "cpu") -> Pack:
     """Tokens (B, T), lengths (B,), wanted tokens (B, T) bool, on the host -> Pack on the device.
 
-    On a GPU P is rounded up to one of few sizes, so that compiled functions see few shapes: rows
-    that are about even all get the same room, else what is missing is a row of its own.
+    On a GPU P is one of few sizes, so that compiled functions see few shapes: rows that are about
+    even all get the same room, else what is missing is a row of its own.
     """
     (b, t), device, room = tokens.shape, torch.device(device), length
     if device.type == "cuda":
@@ -60,11 +58,10 @@ def pack_rows(tokens, length, mask, device: str | torch.device = "cpu") -> Pack:
     tokens, mask = (F.pad(x, (0, longest - t, 0, len(room) - b)) for x in (tokens, mask))
     real = torch.arange(longest) < room[:, None]  # (rows, longest)
     slot = real.flatten().nonzero().flatten()
-    positions = slot % longest
+    positions, even = slot % longest, bool(real.all())
     # A row's first token has nothing before it.
     wanted = (mask[real] & (positions > 0)).nonzero().flatten()
     parts = tokens[real], positions, F.pad(room.cumsum(0), (1, 0)).int(), slot, wanted
-    even = bool((room == longest).all())
     return Pack(*(send(x, device) for x in parts), longest, even, (b, t))
 
 
@@ -94,8 +91,7 @@ def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack =
 
     def padded(x):  # (P, H, D) -> (rows, H, longest, D)
         if not pack.even:
-            new = x.new_zeros(rows * pack.longest, *x.shape[1:])
-            x = new.index_copy(0, pack.slot, x)
+            x = x.new_zeros(rows * pack.longest, *x.shape[1:]).index_copy(0, pack.slot, x)
         return x.unflatten(0, (rows, pack.longest)).transpose(1, 2)
 
     q, k, v = map(padded, qkv)
@@ -153,13 +149,10 @@ class ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
-        zero = hidden.new_zeros(
-            len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32)
-        )
-        state, step = (
-            (zero - torch.inf, zero, zero, zero),
-            fused(absorb) if hidden.is_cuda else absorb,
-        )
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        zero = hidden.new_zeros(len(targets), dtype=wide)
+        state = (zero - torch.inf, zero, zero, zero)
+        step = fused(absorb) if hidden.is_cuda else absorb
         for first in range(0, len(weight), chunk):
             logits = matmul_fp32(hidden, weight[first : first + chunk].T)  # (K, chunk)
             state = step(state, logits, targets - first, temperature)
@@ -213,10 +206,7 @@ class Policy(nn.Module):
                 module.p = 0.0
 
     def forward(self, pack: Pack):
-        """-> log-probs and entropy of the wanted tokens, (B, T) each and 0 elsewhere.
-
-        The entropy has no gradient.
-        """
+        """Log-probs and entropy (no gradient) of the wanted tokens: (B, T) each, 0 elsewhere."""
         hidden = self.lm.model(
             input_ids=pack.tokens[None],
             position_ids=pack.positions[None],
@@ -224,19 +214,14 @@ class Policy(nn.Module):
             use_cache=False,
             pack=pack,
         ).last_hidden_state[0]
-        head, wanted = self.lm.get_output_embeddings().weight, pack.wanted
-        logprobs, entropy = head_logprobs(
-            hidden.index_select(0, wanted - 1),
-            head,
-            pack.tokens[wanted],
-            self.temperature,
-            self.chunk,
-        )
+        wanted, how = pack.wanted, (self.temperature, self.chunk)
+        before, head = hidden.index_select(0, wanted - 1), self.lm.get_output_embeddings().weight
+        logprobs, entropy = head_logprobs(before, head, pack.tokens[wanted], *how)
 
         def table(values):
-            flat = values.new_zeros((len(pack.starts) - 1) * pack.longest)
-            flat = flat.index_copy(0, pack.slot[wanted], values).view(-1, pack.longest)
-            return flat[: pack.shape[0], : pack.shape[1]]
+            out = values.new_zeros((len(pack.starts) - 1) * pack.longest)
+            out = out.index_copy(0, pack.slot[wanted], values).view(-1, pack.longest)
+            return out[: pack.shape[0], : pack.shape[1]]
 
         return table(logprobs), table(entropy.detach())
 

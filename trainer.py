@@ -75,13 +75,10 @@ class Trainer:
     @torch.no_grad()
     def logprobs(self, rollouts: Rollouts, policy) -> torch.Tensor | None:
         """(N, T) log-probs of this rank's sampled tokens, 0 elsewhere; None without rows."""
-        plan, out = sum(rollouts.plan, []), None
-        done = [
-            (numbers, policy(pack)[0]) for numbers, _, pack in self.microbatches(rollouts, plan)
-        ]
-        for numbers, values in done:
+        out = None
+        for numbers, _, pack in self.microbatches(rollouts, sum(rollouts.plan, [])):
+            values = policy(pack)[0].cpu()
             if numbers:
-                values = values.cpu()  # only now: each forward was asked for before any is awaited
                 out = values.new_zeros(rollouts.tokens.shape) if out is None else out
                 out[numbers, : values.shape[1]] = values
         reshard(policy)

@@ -11,6 +11,7 @@ Writes OUT/<row>.json.
 """
 
 import argparse
+import gc
 import json
 import os
 import pathlib
@@ -305,6 +306,7 @@ def main():
         if world.writes:
             (args.out / f"{row}.json").write_text(json.dumps(found, indent=1))
             print(summary(found), flush=True)
+        gc.collect()  # the trainer: FSDP's modules know each other
         torch.cuda.empty_cache()
     world.close()
 

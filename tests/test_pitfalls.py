@@ -408,6 +408,21 @@ def test_16_a_rank_without_rows_takes_part(tiny, world, two_trainers):
     assert losses.derived(found) == pytest.approx(losses.derived(metrics))
 
 
+def test_17_a_gradient_that_is_not_finite_moves_nothing(tiny, world):
+    """The host finds out after the optimizer was called: AdamW must have left all as it was."""
+    cfg = settings(tiny("qwen2"), dtype="float32")
+    trainer = Trainer(cfg, world)
+    gradient(trainer, batch(cfg))  # moments
+    everything = [*trainer.policy.parameters()]
+    everything += [v for state in trainer.optimizer.state.values() for v in state.values()]
+    before = [v.detach().clone() for v in everything]
+    table = batch(cfg)
+    table.advantage[0] = math.nan
+    with pytest.raises(FloatingPointError, match="norm is nan"):
+        train(trainer, table)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything, strict=True))
+
+
 def test_17_a_token_without_a_finite_logprob_counts_nowhere():
     """A log-prob that is NaN makes the loss NaN, or stays in the divisor."""
     cfg, bad = settings(), [float("nan"), -1.0, float("-inf"), -1.0]
