@@ -119,6 +119,13 @@ def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
+    """total += a @ b; on a GPU within the product, without memory or a pass of its own."""
+    if a.is_cuda and a.dtype != total.dtype:
+        return aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    total += matmul_fp32(a, b)
+
+
 def absorb(state, logits, targets, temperature):
     """Fold logits (K, chunk) of some words into what is known of all, (K,) each: largest logit, sum
     of exp(logit - largest), that sum times the logits, the target's logit.
@@ -173,7 +180,7 @@ class ChunkedHead(torch.autograd.Function):
             words, here = weight[first : first + ctx.chunk], targets - first
             logits = matmul_fp32(hidden, words.T)  # (K, chunk)
             d_logits = step(logits, here, ctx.temperature, logsumexp, grad, weight.dtype)
-            d_hidden += matmul_fp32(d_logits, words)
+            add_product(d_hidden, d_logits, words)
             torch.mm(d_logits.T, hidden, out=d_weight[first : first + ctx.chunk])
         return d_hidden.to(hidden.dtype), d_weight, None, None, None
 

@@ -181,8 +181,8 @@ MUTATIONS = r"""
 +     pack = Pack(**{**vars(pack), "even": True})
 
 20 last chunk alone: model.py
-- d_hidden += matmul_fp32
-+ d_hidden = matmul_fp32
+- range(0, len(weight), ctx.chunk)
++ range(0, len(weight), ctx.chunk)[-1:]
 
 20 temperature not in backward: model.py
 - (grad / temperature)[:, None]
