@@ -63,7 +63,11 @@ def batch(cfg, lengths=LENGTHS, step: int = 0) -> Rollouts:
 
 def train(trainer, table: Rollouts, budget: int = 40) -> dict[str, float]:
     """`gather` and `step`, as in grpo.py -> metrics. Collective over the trainers."""
-    rows = gather(table if trainer.world.leads else Rollouts(), trainer.world, budget)
+    rows = gather(
+        table if trainer.world.leads else Rollouts(rewards=dict.fromkeys(table.rewards)),
+        trainer.world,
+        budget,
+    )
     return trainer.step(rows, losses.policy_loss(grpo.find_loss(trainer.cfg)), losses.divisor)
 
 
