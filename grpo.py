@@ -87,8 +87,8 @@ class Config:
     deterministic: bool = False  # same command, same seed, same ranks, CPU: bitwise the same run
     # how
     tokens_per_microbatch: int = 4096  # packed tokens of one forward and backward
-    head_chunk: int = 4096  # positions whose logits exist at once; 0: all
-    activation_checkpointing: bool = False  # recompute layers in the backward
+    head_chunk: int = 4096  # words of the vocabulary whose logits exist at once; 0: all
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute in backward
     compile: bool = False  # torch.compile each layer
     max_num_seqs: int = 256  # rows that an engine runs at once
     gpu_memory_utilization: float = 0.85  # share of the GPU that an engine may take

@@ -1,9 +1,10 @@
 """The policy: a Hugging Face causal LM under FSDP2. Packed rows in, log-probs out.
 
 Rows lie one behind the other in a single sequence without padding; attention keeps them apart. The
-head never holds all logits: it goes through the sampled positions in chunks, forward and backward.
+head never holds all logits: the words go by in chunks, forward and backward.
 """
 
+import functools
 import pathlib
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -21,44 +23,86 @@ from transformers import (
 
 from runtime import UserError
 
+aten = torch.ops.aten
+
 # ---------------------------------------------------------------- attention over packed rows
 
 
 @dataclass
 class Pack:
-    """How the rows lie in the one packed sequence."""
+    """A micro-batch as one sequence of P tokens. Made on the host: the GPU need not stop."""
 
-    starts: torch.Tensor  # (B + 1,) int32: where each row starts, and the end
+    tokens: torch.Tensor  # (P,) int64: rows, one behind the other
+    positions: torch.Tensor  # (P,) int64: each token's place in its row
+    starts: torch.Tensor  # (rows + 1,) int32: where each row starts, and the end
+    slot: torch.Tensor  # (P,) int64: each token's place in the padded layout (rows, longest)
+    wanted: torch.Tensor  # (K,) int64: the tokens whose log-probs are asked for
     longest: int
-    slot: torch.Tensor  # (sum of lengths,) int64: each token's place in the padded layout
+    even: bool  # all rows have `longest` tokens
+    shape: tuple[int, int]  # (B, T) of what was packed
+
+
+def pack_rows(tokens, length, mask, device: str | torch.device = "cpu") -> Pack:
+    """Tokens (B, T), lengths (B,), wanted tokens (B, T) bool, on the host -> Pack on the device.
+
+    On a GPU P is one of few sizes, so that compiled functions see few shapes: rows that are about
+    even all get the same room, else what is missing is a row of its own.
+    """
+    (b, t), device, room = tokens.shape, torch.device(device), length
+    if device.type == "cuda":
+        total, wide = int(length.sum()), few_sizes(t)
+        room = torch.cat([length, torch.tensor([few_sizes(total) - total])])
+        if b * wide <= total * 17 / 16:
+            room = torch.full_like(length, wide)
+    longest = max(t, int(room.max()))
+    tokens, mask = (F.pad(x, (0, longest - t, 0, len(room) - b)) for x in (tokens, mask))
+    real = torch.arange(longest) < room[:, None]  # (rows, longest)
+    slot = real.flatten().nonzero().flatten()
+    positions, even = slot % longest, bool(real.all())
+    # A row's first token has nothing before it.
+    wanted = (mask[real] & (positions > 0)).nonzero().flatten()
+    parts = tokens[real], positions, F.pad(room.cumsum(0), (1, 0)).int(), slot, wanted
+    return Pack(*(send(x, device) for x in parts), longest, even, (b, t))
+
+
+def few_sizes(n: int) -> int:
+    """n rounded up by less than 1/8, or to 128; powers of 2 stay."""
+    step = max(2 ** ((n - 1).bit_length() - 4), 128)
+    return -(-n // step) * step
+
+
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device; from pinned memory, so that the host goes on meanwhile."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack = None, **kwargs):
-    """Queries (1, H, tokens, D), keys and values (1, H_kv, tokens, D) -> (1, tokens, H, D).
+    """Queries (1, H, P, D), keys and values (1, H_kv, P, D) -> (1, P, H, D), causal in each row.
 
-    Causal within each row. CUDA: flash attention over the packed layout. CPU: rows are laid out
-    padded for this one operation, because attention over the whole pack would cost tokens^2; the
-    padding is at the end, where causality hides it.
+    CUDA: cuDNN's kernel, the faster one, where rows have one length; else flash attention over the
+    packed layout. CPU: rows are laid out padded for this one operation, because attention over the
+    whole pack would cost P^2; the padding is at the end, where causality hides it.
     """
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, H, D)
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
+    fast, rows = query.is_cuda and query.dtype == torch.bfloat16, len(pack.starts) - 1
+    qkv = [x[0].transpose(0, 1) for x in (query, key, value)]  # (P, H, D)
+    if fast and not pack.even:
+        at, how = (pack.starts, pack.starts, pack.longest, pack.longest), (0.0, True, False)
+        return aten._flash_attention_forward(*qkv, *at, *how, scale=scaling)[0][None], None
 
-        groups = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v)) if groups > 1 else (k, v)
-        rows = (pack.starts, pack.starts, pack.longest, pack.longest)
-        return varlen_attn(q, k, v, *rows, scale=scaling, window_size=(-1, 0))[None], None
-    rows = len(pack.starts) - 1
+    def padded(x):  # (P, H, D) -> (rows, H, longest, D)
+        if not pack.even:
+            x = x.new_zeros(rows * pack.longest, *x.shape[1:]).index_copy(0, pack.slot, x)
+        return x.unflatten(0, (rows, pack.longest)).transpose(1, 2)
 
-    def padded(x):  # (tokens, H, D) -> (B, H, longest, D)
-        out = x.new_zeros(rows * pack.longest, *x.shape[1:]).index_copy(0, pack.slot, x)
-        return out.view(rows, pack.longest, *x.shape[1:]).transpose(1, 2)
-
-    gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
-        padded(q), padded(k), padded(v), is_causal=True, scale=scaling, enable_gqa=gqa
-    )
-    return out.transpose(1, 2).flatten(0, 1)[pack.slot][None], None
+    q, k, v = map(padded, qkv)
+    if fast:
+        cudnn = aten._scaled_dot_product_cudnn_attention
+        out = cudnn(q, k, v, None, True, 0.0, True, False, scale=scaling)[0]
+    else:
+        how = {"scale": scaling, "enable_gqa": q.shape[1] != k.shape[1]}
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)
+    out = out.transpose(1, 2).flatten(0, 1)  # (rows * longest, H, D)
+    return (out if pack.even else out[pack.slot])[None], None
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -75,39 +119,70 @@ def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
+    """total += a @ b; on a GPU within the product, without memory or a pass of its own."""
+    if a.is_cuda and a.dtype != total.dtype:
+        return aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    total += matmul_fp32(a, b)
+
+
+def absorb(state, logits, targets, temperature):
+    """Fold logits (K, chunk) of some words into what is known of all, (K,) each: largest logit, sum
+    of exp(logit - largest), that sum times the logits, the target's logit.
+    """
+    (top, total, product, chosen), logits = state, logits / temperature
+    higher = torch.maximum(top, logits.amax(-1))
+    p, shrink = (logits - higher[:, None]).exp(), (top - higher).exp()
+    total, product = total * shrink + p.sum(-1), product * shrink + (p * logits).sum(-1)
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    return higher, total, product, chosen + torch.where(hit, logits, 0).sum(-1)
+
+
+def logit_gradient(logits, targets, temperature, logsumexp, grad, dtype):
+    """d(sum of grad * log-prob) / d(logits before the temperature): (K, chunk)."""
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    probability = (logits / temperature - logsumexp[:, None]).exp()
+    return ((hit.to(logits.dtype) - probability) * (grad / temperature)[:, None]).to(dtype)
+
+
+# On a GPU: one pass over the logits in place of ten.
+fused = functools.cache(functools.partial(torch.compile, dynamic=True))
+
+
 class ChunkedHead(torch.autograd.Function):
-    """log p(target) and entropy, `chunk` positions at a time; backward makes the logits again."""
+    """log p(target) and entropy, `chunk` words of the vocabulary at a time; the backward makes the
+    logits again. A word's weights get their gradient in one product over all tokens.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
-        ctx.save_for_backward(hidden, weight, targets)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        zero = hidden.new_zeros(len(targets), dtype=wide)
+        state = (zero - torch.inf, zero, zero, zero)
+        step = fused(absorb) if hidden.is_cuda else absorb
+        for first in range(0, len(weight), chunk):
+            logits = matmul_fp32(hidden, weight[first : first + chunk].T)  # (K, chunk)
+            state = step(state, logits, targets - first, temperature)
+        top, total, product, chosen = state
+        logsumexp = top + total.log()
+        entropy = logsumexp - product / total
+        ctx.save_for_backward(hidden, weight, targets, logsumexp)
         ctx.temperature, ctx.chunk = temperature, chunk
-        out = []
-        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            logits = matmul_fp32(h, weight.T).div_(temperature)  # (chunk, V)
-            logsumexp = logits.logsumexp(-1)
-            logprob = logits.gather(-1, t[:, None])[:, 0] - logsumexp
-            entropy = logsumexp - (logits.sub(logsumexp[:, None]).exp_().mul_(logits)).sum(-1)
-            out.append(torch.stack([logprob, entropy]))
-        logprobs, entropy = torch.cat(out, 1)
         ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return chosen - logsumexp, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for at in torch.arange(len(targets), device=hidden.device).split(ctx.chunk):
-            a, b = int(at[0]), int(at[-1]) + 1
-            h, g = hidden[a:b], grad[a:b, None]
-            logits = matmul_fp32(h, weight.T).div_(ctx.temperature)  # (chunk, V)
-            d_logits = logits.softmax(-1).mul_(-g)
-            d_logits.scatter_add_(1, targets[a:b, None], g.to(d_logits.dtype)).div_(ctx.temperature)
-            d_logits = d_logits.to(weight.dtype)
-            d_hidden[a:b] = d_logits @ weight
-            d_weight += matmul_fp32(d_logits.T, h)
-        return d_hidden, d_weight.to(weight.dtype), None, None, None
+        hidden, weight, targets, logsumexp = ctx.saved_tensors
+        d_hidden, d_weight = torch.zeros_like(hidden, dtype=grad.dtype), torch.empty_like(weight)
+        step = fused(logit_gradient) if hidden.is_cuda else logit_gradient
+        for first in range(0, len(weight), ctx.chunk):
+            words, here = weight[first : first + ctx.chunk], targets - first
+            logits = matmul_fp32(hidden, words.T)  # (K, chunk)
+            d_logits = step(logits, here, ctx.temperature, logsumexp, grad, weight.dtype)
+            add_product(d_hidden, d_logits, words)
+            torch.mm(d_logits.T, hidden, out=d_weight[first : first + ctx.chunk])
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
 def head_logprobs(hidden, weight, targets, temperature: float, chunk: int):
@@ -137,34 +212,23 @@ class Policy(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
 
-    def forward(self, tokens, length, mask):
-        """Tokens (B, T), lengths (B,), mask of the wanted tokens (B, T) -> log-probs and entropy.
-
-        Both are (B, T) and 0 where nothing was wanted. The entropy has no gradient.
-        """
-        real = torch.arange(tokens.shape[1], device=tokens.device) < length[:, None]  # (B, T)
-        slot = real.flatten().nonzero().flatten()
-        starts = F.pad(length.cumsum(0), (1, 0)).int()
-        positions = slot % tokens.shape[1]
-        pack = Pack(starts, tokens.shape[1], slot)
-        packed = tokens[real]  # (sum of lengths,)
+    def forward(self, pack: Pack):
+        """Log-probs and entropy (no gradient) of the wanted tokens: (B, T) each, 0 elsewhere."""
         hidden = self.lm.model(
-            input_ids=packed[None],
-            position_ids=positions[None],
-            attention_mask=None,
+            input_ids=pack.tokens[None],
+            position_ids=pack.positions[None],
+            attention_mask=pack.tokens.new_zeros(1, 1, 1, 1),  # see `check_config`
             use_cache=False,
             pack=pack,
         ).last_hidden_state[0]
-        # A row's first token has nothing before it.
-        wanted = (mask[real] & (positions > 0)).nonzero().flatten()
-        head = self.lm.get_output_embeddings().weight
-        logprobs, entropy = head_logprobs(
-            hidden[wanted - 1], head, packed[wanted], self.temperature, self.chunk
-        )
+        wanted, how = pack.wanted, (self.temperature, self.chunk)
+        before, head = hidden.index_select(0, wanted - 1), self.lm.get_output_embeddings().weight
+        logprobs, entropy = head_logprobs(before, head, pack.tokens[wanted], *how)
 
         def table(values):
-            flat = values.new_zeros(tokens.numel()).index_copy(0, slot[wanted], values)
-            return flat.view(tokens.shape)
+            out = values.new_zeros((len(pack.starts) - 1) * pack.longest)
+            out = out.index_copy(0, pack.slot[wanted], values).view(-1, pack.longest)
+            return out[: pack.shape[0], : pack.shape[1]]
 
         return table(logprobs), table(entropy.detach())
 
@@ -203,7 +267,7 @@ def check_config(path: str) -> AutoConfig:
     lm.model.layers = lm.model.layers[:1]
     two = torch.zeros(1, 2, dtype=torch.long, device="meta")
     mask = two.expand(1, 1, 2, 2)  # of no effect, but without one transformers looks at positions
-    pack = Pack(two[0].int(), 2, two[0])
+    pack = Pack(two[0], two[0], two[0].int(), two[0], two[0], 2, False, (1, 2))
     try:
         lm.model(input_ids=two, position_ids=two, attention_mask=mask, use_cache=False, pack=pack)
     except (AttributeError, TypeError):
@@ -233,8 +297,6 @@ def build_policy(cfg, world, frozen: str | None = None) -> Policy:
     else:
         lm = AutoModelForCausalLM.from_pretrained(path, **how)
     lm.train(not frozen).requires_grad_(not frozen)
-    if cfg.activation_checkpointing and not frozen:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
     shard = {
         "mesh": trainer_mesh(world),
         "mp_policy": MixedPrecisionPolicy(
@@ -245,14 +307,21 @@ def build_policy(cfg, world, frozen: str | None = None) -> Policy:
     }
     if frozen and cfg.offload_frozen and world.cuda:
         shard["offload_policy"] = CPUOffloadPolicy()
+    alone = world.num_trainers == 1
+    if alone and not frozen:  # nothing to gather again for the backward, only to cast again
+        shard["reshard_after_forward"] = False
     for layer in lm.model.layers:
+        # Inside out: what is recomputed, one compiled function around it, FSDP's hooks around that.
+        if not frozen:
+            layer.forward = checkpointed(layer.forward, cfg.activation_checkpointing)
         if cfg.compile:
-            layer.compile()
+            layer.forward = torch.compile(layer.forward)
         fully_shard(layer, **shard)
     policy = Policy(lm, getattr(cfg, "temperature", 1.0), cfg.head_chunk)
     fully_shard(policy, **shard)
     for module in policy.modules():
-        if hasattr(module, "set_gradient_divide_factor"):
+        # Alone nothing is divided; a factor would cost a pass over the gradient.
+        if isinstance(module, FSDPModule) and not alone:
             module.set_gradient_divide_factor(1.0)  # sums: the loss has its global divisor
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     return policy
@@ -266,6 +335,20 @@ def trainer_mesh(world) -> DeviceMesh:
     return DeviceMesh.from_group(
         world.mesh, world.device.type, mesh=torch.tensor(world.shards), mesh_dim_names=names
     )
+
+
+def checkpointed(forward, kind: str):
+    """A layer's forward whose backward makes again all that it needs (full), or all but the outputs
+    of matrix products and attention (selective): little memory, or little work.
+    """
+    saved = [aten.mm, aten.addmm, aten._scaled_dot_product_cudnn_attention]
+    saved += [aten._flash_attention_forward, aten._scaled_dot_product_flash_attention_for_cpu]
+    how = {"use_reentrant": False, "preserve_rng_state": False}
+    if kind == "selective":
+        saved = [op.default for op in saved]
+        how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, saved)
+    again = lambda *args, **kwargs: checkpoint(forward, *args, **how, **kwargs)  # noqa: E731
+    return forward if kind == "none" else again
 
 
 def compute_dtype(cfg, world) -> torch.dtype:

@@ -66,13 +66,13 @@ class Rollouts:
     def columns(self) -> dict[str, torch.Tensor]:
         return {k: v for k, v in vars(self).items() if torch.is_tensor(v)}
 
-    def take(self, rows, device=None) -> "Rollouts":
-        """The rows of these numbers, with the padding cut to the longest of them, on `device`."""
+    def take(self, rows) -> "Rollouts":
+        """The rows of these numbers, with the padding cut to the longest of them."""
         at = torch.as_tensor(rows, dtype=torch.long)
         width = int(self.length[at].max()) if len(at) else 0
         rewards = {k: v[at] for k, v in self.rewards.items()}
         cut = {k: v[at, :width] if v.dim() == 2 else v[at] for k, v in self.columns().items()}
-        return Rollouts(**{k: v.to(device) for k, v in cut.items()}, rewards=rewards)
+        return Rollouts(**cut, rewards=rewards)
 
 
 SMALL, CELLS = (  # name -> type, in the order in which they travel; a cell is 32 bits wide then

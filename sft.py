@@ -47,8 +47,8 @@ class Config:
     weight_decay: float = 0.01  # AdamW
     max_grad_norm: float = 1.0  # the gradient is clipped to this norm; 0: not
     tokens_per_microbatch: int = 4096  # packed tokens of one forward and backward
-    head_chunk: int = 4096  # positions whose logits exist at once; 0: all
-    activation_checkpointing: bool = False  # recompute layers in the backward
+    head_chunk: int = 4096  # words of the vocabulary whose logits exist at once; 0: all
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute in backward
     compile: bool = False  # torch.compile each layer
     # what is judged and kept
     eval_every: int = 100  # steps between evaluations of the held-out loss; 0: never

@@ -12,9 +12,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from model import build_policy
+from model import build_policy, pack_rows, send
 from rollouts import Rollouts
 
 
@@ -48,12 +49,13 @@ class Trainer:
         )
 
     def microbatches(self, rollouts: Rollouts, plan: list[list[int]]):
-        """(row numbers, rows on the device) by the plan. Each rank yields equally often, for FSDP's
-        collectives: where the plan has nothing for it, a row that counts for nothing.
+        """(row numbers, rows, their Pack) by the plan, on the device. Each rank yields equally
+        often, for FSDP's collectives: where its plan is empty, a row that counts for nothing.
         """
         for numbers in plan:
-            device = self.world.device
-            yield numbers, rollouts.take(numbers, device) if numbers else nothing(device)
+            rows, device = rollouts.take(numbers) if numbers else nothing(), self.world.device
+            pack = pack_rows(rows.tokens, rows.length, rows.mask, device)
+            yield numbers, Rollouts(**{k: send(v, device) for k, v in rows.columns().items()}), pack
 
     def score(self, rollouts: Rollouts) -> Rollouts:
         """Add the log-probs that the frozen models give to the sampled tokens, and those of the
@@ -73,12 +75,12 @@ class Trainer:
     def logprobs(self, rollouts: Rollouts, policy) -> torch.Tensor | None:
         """(N, T) log-probs of this rank's sampled tokens, 0 elsewhere; None without rows."""
         out = None
-        for numbers, rows in self.microbatches(rollouts, sum(rollouts.plan, [])):
-            values = policy(rows.tokens, rows.length, rows.mask)[0].cpu()
+        for numbers, _, pack in self.microbatches(rollouts, sum(rollouts.plan, [])):
+            values = policy(pack)[0].cpu()
             if numbers:
                 out = values.new_zeros(rollouts.tokens.shape) if out is None else out
                 out[numbers, : values.shape[1]] = values
-        policy.reshard()  # after a forward FSDP2 leaves the root gathered for a backward
+        reshard(policy)
         return out
 
     def step(self, rollouts: Rollouts, loss_fn, divisor=None) -> dict[str, float]:
@@ -97,8 +99,11 @@ class Trainer:
             for mini, plan in list(enumerate(rollouts.plan)) * epochs:
                 table = rollouts.all.take((rollouts.all.minibatch == mini).nonzero().flatten())
                 count = divisor(table, cfg)
-                for _, rows in self.microbatches(rollouts, plan):
-                    logprobs, entropy = self.policy(rows.tokens, rows.length, rows.mask)
+                for i, (_, rows, pack) in enumerate(self.microbatches(rollouts, plan)):
+                    if self.world.num_trainers == 1:  # gradients add up where they are made
+                        self.policy.set_requires_gradient_sync(i == len(plan) - 1)
+                        self.policy.set_reshard_after_backward(i == len(plan) - 1)
+                    logprobs, entropy = self.policy(pack)
                     loss, parts = loss_fn(logprobs, rows, cfg)
                     (loss / count).backward()
                     parts |= {"entropy": (entropy * rows.weight[:, None]).sum()}
@@ -125,10 +130,9 @@ class Trainer:
     def evaluate(self, rollouts: Rollouts, loss_fn) -> float:
         """Mean loss per sampled token of a gathered table. Collective over trainers."""
         total = torch.zeros((), device=self.world.device, dtype=torch.float64)
-        for _, rows in self.microbatches(rollouts, sum(rollouts.plan, [])):
-            logprobs, _ = self.policy(rows.tokens, rows.length, rows.mask)
-            total += loss_fn(logprobs, rows, self.cfg)[0]
-        self.policy.reshard()
+        for _, rows, pack in self.microbatches(rollouts, sum(rollouts.plan, [])):
+            total += loss_fn(self.policy(pack)[0], rows, self.cfg)[0]
+        reshard(self.policy)
         dist.all_reduce(total, group=self.world.trainers)
         return float(total) / sampled_tokens(rollouts.all)
 
@@ -155,13 +159,15 @@ class Trainer:
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters], foreach=True)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if not norm.isfinite():  # the same on every trainer; the weights are still good
-            raise FloatingPointError(f"the gradient's norm is {float(norm)}: see samples.jsonl")
         if self.cfg.max_grad_norm > 0:
             clip_grads_with_norm_(parameters, self.cfg.max_grad_norm, norm, foreach=True)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.version, self.cfg)
+        # Where this is 1 fused AdamW moves nothing: the host need not wait for the norm to go on.
+        self.optimizer.found_inf = (~norm.isfinite()).float()
         self.optimizer.step()
+        if not norm.isfinite():  # the same on every trainer; the weights are still good
+            raise FloatingPointError(f"the gradient's norm is {float(norm)}: see samples.jsonl")
         return float(norm)
 
     # ------------------------------------------------------------ checkpoints
@@ -208,14 +214,21 @@ class Trainer:
         self.version = json.loads((folder / "about.json").read_text())["step"]
 
 
+def reshard(policy):
+    """What a forward without a backward leaves gathered would not see the next update."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def sampled_tokens(table: Rollouts, cfg=None) -> float:
     """Tokens that count, from the small columns."""
     return float((table.sampled * table.weight).sum())
 
 
-def nothing(device) -> Rollouts:
+def nothing() -> Rollouts:
     """A row that counts for nothing: what a rank runs when its part of the plan is empty."""
     row = Rollouts.blank(1, 2)
     row.length, row.sampled, row.mask = row.length + 2, row.sampled + 2, ~row.mask
     row.ref_logprobs = row.logprobs
-    return row.take([0], device)
+    return row

@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import grpo
 import losses
-from model import Policy
+from model import Policy, pack_rows
 from report import load_rollouts
 
 
@@ -60,7 +60,7 @@ def replay(table, policy, names: list[str], cfg, keep: bool) -> dict[str, dict]:
             table.advantage = losses.distilled(table, own)
             table.share = losses.shares(table, own)
             rows = table.take(at)
-            logprobs, _ = policy(rows.tokens, rows.length, rows.mask)
+            logprobs, _ = policy(pack_rows(rows.tokens, rows.length, rows.mask))
             loss, sums = losses.policy_loss(grpo.find_loss(own))(logprobs, rows, own)
             loss = loss / losses.divisor(table, own)
             gradient = torch.autograd.grad(loss, parameters, allow_unused=True)

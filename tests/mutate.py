@@ -71,7 +71,7 @@ MUTATIONS = r"""
 +                 values = [m and t != 0 for m, t in zip(row.mask, row.tokens)]
 
 5 pads are not forwarded: model.py
-- torch.arange(tokens.shape[1], device=tokens.device) < length[:, None]
+- torch.arange(longest) < room[:, None]
 + tokens != 0
 
 5 EOS is cut off the row: generator.py
@@ -90,12 +90,12 @@ MUTATIONS = r"""
 + return logprobs.detach()
 
 8 hidden of the token itself: model.py
-- hidden[wanted - 1]
-+ hidden[wanted]
+- (0, wanted - 1)
++ (0, wanted)
 
 8 written one to the left: model.py
-- (0, slot[wanted], values)
-+ (0, slot[wanted - 1], values)
+- pack.slot[wanted]
++ pack.slot[wanted - 1]
 
 8 attention sees the next: model.py
 - is_causal=True
@@ -156,9 +156,10 @@ MUTATIONS = r"""
 + "0", stops
 
 16 empty micro-batches are skipped: trainer.py
-- yield numbers, rollouts.take(numbers, device) if numbers else nothing(device)
-+ if numbers:
-+                 yield numbers, rollouts.take(numbers, device)
+- rows, device = rollouts.take(numbers) if numbers else nothing(), self.world.device
++ if not numbers:
++                 continue
++             rows, device = rollouts.take(numbers), self.world.device
 
 17 NaN stays in the mask: rollouts.py
 - self.mask += finite
@@ -177,20 +178,21 @@ MUTATIONS = r"""
 + get_total_norm([p.grad.to_local() for p in parameters], foreach=True)
 
 19 one causal sequence: model.py
-- pack = Pack(starts, tokens.shape[1], slot)
-+ pack = Pack(starts[[0, -1]], len(slot), torch.arange(len(slot)))
+- q, k, v = map(padded, qkv)
++ q, k, v = (x.transpose(0, 1)[None] for x in qkv)
++     pack = Pack(**{**vars(pack), "even": True})
 
 20 last chunk alone: model.py
-- d_weight += matmul_fp32
-+ d_weight = matmul_fp32
+- range(0, len(weight), ctx.chunk)
++ range(0, len(weight), ctx.chunk)[-1:]
 
 20 temperature not in backward: model.py
-- g.to(d_logits.dtype)).div_(ctx.temperature)
-+ g.to(d_logits.dtype))
+- (grad / temperature)[:, None]
++ grad[:, None]
 
 20 entropy without its sum: model.py
-- entropy = logsumexp - (logits
-+ entropy = (logits
+- entropy = logsumexp - product / total
++ entropy = -product / total
 
 21 mask is ignored: losses.py
 - if cfg.overlong == "mask":

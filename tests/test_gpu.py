@@ -1,41 +1,103 @@
-"""What only a GPU has: flash attention over packed rows, bf16 products with fp32 results. Skipped
-without one.
+"""What only a GPU has: fast attention over packed rows, bf16 products with fp32 results, a host
+that runs ahead. Skipped without one.
 """
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from model import Pack, head_logprobs, packed_attention
+import grpo
+import losses
+from model import Policy, head_logprobs, pack_rows, packed_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-LENGTHS = [70, 3, 129, 1, 40]
 
 
-def pack(device):
-    length = torch.tensor(LENGTHS, device=device)
-    real = torch.arange(max(LENGTHS), device=device) < length[:, None]
-    return Pack(
-        F.pad(length.cumsum(0), (1, 0)).int(), max(LENGTHS), real.flatten().nonzero().flatten()
-    )
-
-
-def test_flash_attention_keeps_rows_apart():
-    """bf16 flash attention against the float32 path on a CPU, values and gradients, grouped
-    key/value heads.
+@pytest.mark.parametrize("lengths", [[70, 3, 129, 1, 40], [200, 56], [128, 127, 120], [250]])
+def test_attention_keeps_rows_apart(lengths):
+    """bf16 attention (flash where rows are uneven, else cuDNN) against the float32 path on a CPU:
+    values and gradients, grouped key/value heads.
     """
     torch.manual_seed(0)
-    n = sum(LENGTHS)
-    shapes = [(1, heads, n, 64) for heads in (6, 2, 2)]
-    inputs = [torch.randn(s).bfloat16() for s in shapes]
-    results = []
+    length, longest = torch.tensor(lengths), max(lengths)
+    every = torch.arange(longest) < length[:, None]
+    row, place = every.nonzero().T
+    inputs = [torch.randn(len(row), heads, 64).bfloat16() for heads in (6, 2, 2)]
+    upstream, results = torch.randn(len(row), 6, 64), []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
-        q, k, v = (x.to(device, dtype).requires_grad_() for x in inputs)
-        out, _ = packed_attention(None, q, k, v, None, scaling=64**-0.5, pack=pack(device))
-        out.float().square().sum().backward()
-        results.append([x.detach().float().cpu() for x in (out, q.grad, k.grad, v.grad)])
+        pack = pack_rows(every.long(), length, every, device)
+        if device == "cuda":
+            assert pack.even == (lengths[0] in (128, 250))
+        at = pack.starts.cpu()[row] + place  # each token's place in the pack
+        leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
+        q, k, v = (
+            x.new_zeros(len(pack.tokens), *x.shape[1:])
+            .index_copy(0, at.to(device), x)
+            .transpose(0, 1)[None]
+            for x in leaves
+        )
+        out = packed_attention(None, q, k, v, None, scaling=64**-0.5, pack=pack)[0][0][at]
+        (out.float() * upstream.to(device)).sum().backward()
+        results.append([x.detach().float().cpu() for x in (out, *(x.grad for x in leaves))])
     for cpu, gpu in zip(*results):
         assert (gpu - cpu).norm() / cpu.norm() < 2e-2
+
+
+def test_the_host_does_not_wait_for_the_gpu(tiny):
+    """Forward, loss with its figures, backward: nothing asks the GPU for a number."""
+    from pitfall_rows import batch, settings
+    from transformers import AutoModelForCausalLM
+
+    how = {"dtype": torch.bfloat16, "attn_implementation": "packed"}
+    lm = AutoModelForCausalLM.from_pretrained(tiny("qwen3"), **how)
+    policy, cfg = Policy(lm.cuda(), 1.0, 7), settings()
+    rows, loss = batch(cfg), losses.policy_loss(losses.LOSSES[grpo.Config.loss])
+    table = type(rows)(**{k: v.cuda() for k, v in rows.columns().items()})
+
+    def micro_batch():
+        pack = pack_rows(rows.tokens, rows.length, rows.mask, "cuda")
+        loss(policy(pack)[0], table, cfg)[0].backward()
+
+    micro_batch()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        micro_batch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            table.mask.nonzero()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("hidden", [1024, 4096])
+def test_the_heads_memory(hidden):
+    """16,384 tokens x 151,936 words in fp32: less than 1 GB beyond inputs and their gradients."""
+    sizes = (16384, hidden), (151936, hidden)
+    h, w = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in sizes)
+    targets = torch.randint(151936, (16384,), device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    head_logprobs(h, w, targets, 1.0, grpo.Config.head_chunk)[0].sum().backward()
+    beyond = torch.cuda.max_memory_allocated() - before - h.nbytes - w.nbytes
+    assert beyond < 1e9
+
+
+def test_the_heads_gradient_is_the_dense_heads():
+    """In fp32, at the whole vocabulary."""
+    g = torch.Generator("cuda").manual_seed(0)
+    h = torch.randn(2000, 256, device="cuda", generator=g)
+    w = torch.randn(151936, 256, device="cuda", generator=g) * 0.1
+    targets = torch.randint(151936, (2000,), device="cuda", generator=g)
+    upstream, results = torch.randn(2000, device="cuda", generator=g), []
+    for chunk in (0, grpo.Config.head_chunk):
+        a, b = (x.clone().requires_grad_() for x in (h, w))
+        logprobs, entropy = head_logprobs(a, b, targets, 0.7, chunk)
+        (logprobs * upstream).sum().backward()
+        results.append((logprobs.detach(), entropy, a.grad, b.grad))
+    for dense, chunked in zip(*results):
+        assert (dense - chunked).norm() / dense.norm() < 1e-5
 
 
 def test_head_in_bf16_has_fp32_logits():

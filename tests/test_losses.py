@@ -446,7 +446,7 @@ def test_a_rank_without_rows_reports_the_same_names(name, kl_coef, old_policy):
     logprobs, rows = one_row([2, 1], [1, -1])
     rows.ref_logprobs = rows.logprobs if kl_coef else None
     rows.old_logprobs = rows.logprobs if old_policy == "trainer" else None
-    empty, whole = nothing("cpu"), losses.policy_loss(losses.LOSSES[name])
+    empty, whole = nothing(), losses.policy_loss(losses.LOSSES[name])
     zero = torch.full((1, 2), -3.0, requires_grad=True)
     (loss, told), (_, of_rows) = whole(zero, empty, cfg), whole(logprobs, rows, cfg)
     assert {k: v.shape for k, v in told.items()} == {k: v.shape for k, v in of_rows.items()}

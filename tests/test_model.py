@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from model import Policy, check_config, head_logprobs
+from model import Policy, check_config, checkpointed, few_sizes, head_logprobs, pack_rows
 from runtime import UserError
 
 LENGTHS = [9, 2, 14, 5]
@@ -29,7 +29,7 @@ def policy(path, chunk=0, temperature=1.0, dtype=torch.float64):
 def test_logprobs_are_those_of_each_row_alone(tiny, name):
     """Packed rows against one forward per row: shift, positions and the attention's borders."""
     tokens, length, mask = rows()
-    ours, entropy = policy(tiny(name), temperature=0.7)(tokens, length, mask)
+    ours, entropy = policy(tiny(name), temperature=0.7)(pack_rows(tokens, length, mask))
     plain = AutoModelForCausalLM.from_pretrained(
         tiny(name), dtype=torch.float64, attn_implementation="sdpa"
     )
@@ -66,10 +66,57 @@ def test_chunked_head_against_finite_differences():
     assert torch.autograd.gradcheck(lambda h, w: head_logprobs(h, w, targets, 1.3, 2)[0], (h, w))
 
 
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_chunked_head_equals_dense_in_float32(chunk):
+    """Of its norm, as the gradient of a step."""
+    g = torch.Generator().manual_seed(0)
+    h, w = torch.randn(400, 32, generator=g), torch.randn(1000, 32, generator=g)
+    targets, upstream = torch.randint(1000, (400,), generator=g), torch.randn(400, generator=g)
+    results = []
+    for c in (0, chunk):
+        a, b = (x.clone().requires_grad_() for x in (h, w))
+        logprobs, entropy = head_logprobs(a, b, targets, 0.7, c)
+        (logprobs * upstream).sum().backward()
+        results.append((logprobs.detach(), entropy, a.grad, b.grad))
+    for dense, chunked in zip(*results):
+        assert (dense - chunked).norm() / dense.norm() < 1e-5
+
+
+def test_selective_checkpointing_makes_no_product_again(tiny):
+    """Products of a step, counted: with `full` those of the layers are made twice."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        products, attentions = 0, 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            self.attentions += "attention" in func.__name__ and "backward" not in func.__name__
+            return func(*args, **(kwargs or {}))
+
+    counted = {}
+    for kind in ("none", "selective", "full"):
+        p = policy(tiny("qwen2"), chunk=64).train()
+        for layer in p.lm.model.layers:
+            layer.forward = checkpointed(layer.forward, kind)
+        with Count() as count:
+            p(pack_rows(*rows()))[0].sum().backward()
+        counted[kind] = count.products, count.attentions
+    layers, of_each = len(p.lm.model.layers), 6  # q, k, v, o, gate, up: not down, the last
+    assert counted["none"] == counted["selective"]
+    assert counted["full"] == (counted["none"][0] + layers * of_each, counted["none"][1] + layers)
+
+
+def test_few_sizes_by_hand():
+    assert [few_sizes(n) for n in (1, 128, 129, 2048, 2049)] == [128, 128, 256, 2048, 2304]
+    assert len({few_sizes(n) for n in range(8193, 16385)}) == 8
+    assert all(0 <= few_sizes(n) - n < max(n / 8, 128) for n in range(1, 5000))
+
+
 def test_two_forwards_are_equal_in_training_mode(tiny):
     """No dropout: what the trainer computes twice is the same."""
     p = policy(tiny("llama"), dtype=torch.float32).train()
-    a, b = p(*rows())[0], p(*rows())[0]
+    a, b = p(pack_rows(*rows()))[0], p(pack_rows(*rows()))[0]
     assert torch.equal(a, b)
 
 

@@ -23,7 +23,7 @@ import losses
 import tasks
 from examples.calculator import Calculator
 from generator import Generator
-from model import Policy, head_logprobs
+from model import Policy, head_logprobs, pack_rows
 from report import load_rollouts
 from rollouts import Rollouts, from_rows
 from runtime import UserError, World
@@ -116,7 +116,7 @@ def policy(path: str, chunk: int = 0, **settings) -> Policy:
 
 
 def logprobs_of(policy, table: Rollouts) -> torch.Tensor:
-    return policy(table.tokens, table.length, table.mask)[0]
+    return policy(pack_rows(table.tokens, table.length, table.mask))[0]
 
 
 def assert_brute_force(path: str, table: Rollouts, found: torch.Tensor, temperature: float = 1.0):
@@ -408,6 +408,21 @@ def test_16_a_rank_without_rows_takes_part(tiny, world, two_trainers):
     shared, found = two_trainers.found["one"]
     assert distance(shared, alone) < SPLIT_TOLERANCE
     assert losses.derived(found) == pytest.approx(losses.derived(metrics))
+
+
+def test_17_a_gradient_that_is_not_finite_moves_nothing(tiny, world):
+    """The host finds out after the optimizer was called: AdamW must have left all as it was."""
+    cfg = settings(tiny("qwen2"), dtype="float32")
+    trainer = Trainer(cfg, world)
+    gradient(trainer, batch(cfg))  # moments
+    everything = [*trainer.policy.parameters()]
+    everything += [v for state in trainer.optimizer.state.values() for v in state.values()]
+    before = [v.detach().clone() for v in everything]
+    table = batch(cfg)
+    table.advantage[0] = math.nan
+    with pytest.raises(FloatingPointError, match="norm is nan"):
+        train(trainer, table)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything, strict=True))
 
 
 def test_17_a_token_without_a_finite_logprob_counts_nowhere():

@@ -113,6 +113,25 @@ def test_auto_is_the_loss_s_own(ranks):
     assert (cfg.aggregation, cfg.clip_low, cfg.clip_high) == ("token", 3e-4, 0.1)
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configurations(ranks, path):
+    """Settings that are known, of their types, that fit together; few, and none is a default."""
+    import yaml
+
+    script = {"grpo": grpo, "sft": sft}[path.parent.name]
+    given = yaml.safe_load(path.read_text())
+    cfg = settings(script.Config, ["--config", str(path)])
+    assert {name: getattr(cfg, name) for name in given} == given
+    assert not [k for k, v in given.items() if v == getattr(script.Config, k) and k != "max_turns"]
+    assert 10 <= len(path.read_text().splitlines()) <= 25
+    longest = cfg.max_tokens if script is sft else cfg.max_prompt_tokens + cfg.max_new_tokens
+    assert longest <= cfg.tokens_per_microbatch
+    if script is grpo:
+        ranks(32)
+        World(cfg.num_generators, cfg.tensor_parallel_size)
+        grpo.resolve_loss(cfg)
+
+
 def test_unknown_name_in_yaml(ranks, tmp_path):
     ranks(3)
     (tmp_path / "a.yaml").write_text("stpes: 3\n")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import grpo
 import losses
-from model import Policy
+from model import Policy, pack_rows
 from rollouts import Rollouts
 
 ROWS, PROMPT = 6000, [1, 5, 9]
@@ -58,9 +58,8 @@ def sample(policy, rows: int = ROWS) -> Rollouts:
 
 
 def one_row(length):
-    from model import Pack
-
-    return Pack(torch.tensor([0, length], dtype=torch.int32), length, torch.arange(length))
+    every = torch.ones(1, length, dtype=torch.bool)
+    return pack_rows(every.long(), torch.tensor([length]), every)
 
 
 def gradient(policy, table, **settings):
@@ -68,7 +67,7 @@ def gradient(policy, table, **settings):
     cfg = grpo.Config(advantage="mean", **settings)
     grpo.resolve_loss(cfg)
     table.advantage = losses.group_advantages(table, "mean")
-    logprobs, _ = policy(table.tokens, table.length, table.mask)
+    logprobs, _ = policy(pack_rows(table.tokens, table.length, table.mask))
     loss, sums = losses.policy_loss(losses.LOSSES[cfg.loss])(logprobs, table, cfg)
     grads = torch.autograd.grad(loss / losses.divisor(table, cfg), list(policy.parameters()))
     return torch.cat([g.flatten() for g in grads]), sums
@@ -104,7 +103,9 @@ def test_figures_say_how_stale(policies):
     table.index += 3 * 2**32  # trained at step 3, sampled by version 0
     cfg = SimpleNamespace(**vars(grpo.Config(loss="grpo", clip_low=0.2, clip_high=0.28)))
     table.advantage = losses.group_advantages(table, "mean")
-    sums = losses.figures(new(table.tokens, table.length, table.mask)[0].detach(), table, cfg)
+    sums = losses.figures(
+        new(pack_rows(table.tokens, table.length, table.mask))[0].detach(), table, cfg
+    )
     assert sums["policy_age_max"] == 3 and sums["policy_age"] == 3 * ROWS
     ess = losses.derived({k: v if v.numel() > 1 else float(v) / ROWS for k, v in sums.items()})[
         "ess"
