@@ -299,10 +299,9 @@ class Generator:
                 dist.broadcast_object_list(requests, src=first, group=group)
             if requests[0] is None:
                 return
-            for name, tokens, stops, sampling in requests[
-                0
-            ]:  # salted by the weights that read them
-                self.engine.add(name, tokens, str(self.version), stops, **sampling)
+            salt = str(self.version)  # of the weights that will read the prompts
+            for name, tokens, stops, sampling in requests[0]:
+                self.engine.add(name, tokens, salt, stops, **sampling)
             self.step()
 
     def step(self):
