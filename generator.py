@@ -306,6 +306,7 @@ class Generator:
 
     def step(self):
         if self.engine.busy():
+            self.world.lap("admit")
             for turn in self.engine.step():
                 if self.world.leads:
                     self.turn_ended(*turn)
@@ -326,9 +327,10 @@ class Generator:
         with self.world.span("collect"):
             ready = lambda: self.batch > step and not self.open.get(step)  # noqa: E731
             self.run_until(lambda: self.world.stopping or ready())
-            if self.sleeps and not self.world.stopping:
+            if self.sleeps:
                 self.finish_evaluation()  # no row outlives the cache
-                self.engine.sleep()
+                if not self.engine.busy():  # else the run was told to stop, and ends here
+                    self.engine.sleep()
             rows = [] if self.world.stopping else self.complete.pop(step, [])
             rows.sort(key=lambda r: r.key)
             table = from_rows(rows, names)

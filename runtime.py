@@ -175,14 +175,15 @@ class World:
         # Seconds since the start, each in one phase; since the last gather, (name, start, end).
         self.clock: dict[str, float] = {}
         self.spans: list[tuple[str, float, float]] = []
-        self.phase, self.border = "start", time.time()
+        self.since_epoch = time.time() - time.monotonic()  # a clock that is set back moves nothing
+        self.phase, self.border = "start", time.monotonic() + self.since_epoch
         self.buckets = None  # how weights travel: planned by the first sync
         self.meanwhile = None  # run_until(done): what a generator does while it waits for others
 
     def connect(self):
         """Open the groups, in one order on every rank, before an engine is built. Collective."""
         if self.cuda:
-            if self.trains:  # freed memory goes back page by page, which a waking engine needs
+            if self.colocated:  # freed memory goes back page by page: a waking engine needs it
                 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
             torch.cuda.set_device(self.device)
         # No device_id: an eagerly bound NCCL splits communicators, which takes every rank.
@@ -239,7 +240,7 @@ class World:
         """The time since the last lap or border of a phase was spent on `name`, else on the phase:
         each second stands once in `clock`.
         """
-        now, name = time.time(), name or self.phase
+        now, name = time.monotonic() + self.since_epoch, name or self.phase
         self.clock[name] = self.clock.get(name, 0.0) + now - self.border
         self.border = now
 

@@ -55,7 +55,7 @@ def judge(folder: pathlib.Path) -> dict:
     }
     return {
         "reward_first": rows[0]["reward"],
-        "reward_last5": sum(x["reward"] for x in rows[-5:]) / 5,
+        "reward_last5": sum(x["reward"] for x in rows[-5:]) / len(rows[-5:]),
         "accuracy_before": evals[min(evals)],
         "accuracy_after": evals[max(evals)],
         **share,

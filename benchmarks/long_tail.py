@@ -3,10 +3,10 @@
     python benchmarks/long_tail.py OUT                  # CPU, 2 cores: 6 minutes
     python benchmarks/long_tail.py OUT --model=FOLDER --rows 32x8 --max_new_tokens=1024 ...   # GPU
 
-LLM.generate gets the very prompts and lengths that a run had, a batch at a time, with log-probs:
-what an engine does when nothing has to be synchronised. Ours are counted twice: over the seconds in
-which an engine stepped, and over the whole step. Then where the seconds of each side go, and how
-far apart two engines finish when they take prompts from one counter, and when they are dealt out.
+LLM.generate gets prompts and lengths as a run had them, a batch at a time, in as many places and
+with log-probs: what an engine does when nothing has to be synchronised. Ours count twice, over the
+seconds in which an engine stepped and over the whole step. Then where the seconds of each side
+go, and how far apart two engines finish when they take prompts from one counter, and dealt out.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def plain(args, folder: pathlib.Path) -> float:
         skip_tokenizer_init=True,
         dtype="bfloat16" if torch.cuda.is_available() else "float32",
         max_model_len=8 + args.max_new_tokens,
-        max_num_seqs=256,
+        max_num_seqs=args.places,
         enforce_eager=not torch.cuda.is_available(),
         enable_chunked_prefill=torch.cuda.is_available(),
         logprobs_mode="processed_logprobs",
@@ -104,9 +104,8 @@ def plain(args, folder: pathlib.Path) -> float:
         ]
         start = time.perf_counter()
         made = llm.generate(prompts, params, use_tqdm=False)
-        if step:  # as with ours, the first one is not counted
-            seconds += time.perf_counter() - start
-            tokens += sum(len(m.outputs[0].token_ids) for m in made)
+        seconds += time.perf_counter() - start
+        tokens += sum(len(m.outputs[0].token_ids) for m in made)
     return tokens / seconds
 
 
@@ -144,9 +143,11 @@ def main():
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--only", default=";".join(RUNS))
     parser.add_argument("--plain", type=pathlib.Path)
+    parser.add_argument("--places", type=int, default=256)
     args, args.more = parser.parse_known_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    given = bool(args.model)
     args.model = args.model or str(word_model(out / "model", 2048, 1024, **TINY))
     if args.plain:
         print(f"tokens per second: {plain(args, args.plain)}")
@@ -157,14 +158,15 @@ def main():
         folder = out / name.replace(" ", "").replace(",", "-")
         torchrun(ranks, "grpo.py", *settings(args), *more, f"--run_dir={folder}")
         engines = ranks - 1 if ranks > 1 else 1
-        if not peer:
-            again = [sys.executable, __file__, str(out), f"--plain={folder}", *sys.argv[2:]]
-            again += [] if "--model" in " ".join(sys.argv) else [f"--model={args.model}"]
+        places = 16 if more[-2:] == LARGE else 256
+        if places not in peer:  # the peer's batches are those of the first run of that shape
+            again = [sys.executable, __file__, str(out), f"--plain={folder}", f"--places={places}"]
+            again += [*sys.argv[2:], *([] if given else [f"--model={args.model}"])]
             said = subprocess.run(again, check=True, capture_output=True, text=True).stdout
-            peer["LLM.generate"] = float(said.rpartition(": ")[2])
-            print(f"LLM.generate: {peer['LLM.generate']:,.0f} tokens per second", flush=True)
+            peer[places] = float(said.rpartition(": ")[2])
+            print(f"LLM.generate, {places} places: {peer[places]:,.0f} tokens/s", flush=True)
         d = judge(folder)
-        share = d["stepping"] / engines / peer["LLM.generate"]
+        share = d["stepping"] / engines / peer[places]
         busy, idle = (f"{x:.0%}" for x in d["generators"])
         train, wait, sync, other = (f"{x:.0%}" for x in d["trainers"])
         apart = f"{engines_apart(folder, 1):.2f}" if engines > 1 else ""

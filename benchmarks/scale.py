@@ -32,10 +32,10 @@ def paper():
     rows, tokens, prompts, weights = 1024, 4000, 128, 64e9
     sizes = (8, 64, 512, 1024, 4096)
     lines = {
-        "engines of 8 + trainers": [],
+        "ranks per engine: engines + trainers": [],
         "barriers (2): seconds": [],
-        "headers, ring: seconds": [],
-        "all-to-all (3): messages a rank": [],
+        "headers and sizes, rings (2): seconds": [],
+        "all-to-all (2): messages a rank": [],
         "all-to-all: seconds": [],
         "small columns: MB into a rank": [],
         "token columns: MB out of an engine": [],
@@ -54,11 +54,11 @@ def paper():
         generators = engines * 8 if ranks > 8 else 4
         store = prompts + engines
         values = [
-            f"{engines} + {ranks - generators}",
+            f"{generators // engines}: {engines} + {ranks - generators}",
             f"{2 * math.ceil(math.log2(ranks)) * ROUND:.4f}",
-            f"{(ranks - 1) * ROUND:.3f}",
-            f"{3 * (ranks - 1):,}",
-            f"{3 * 2 * (ranks - 1) * SMALL:.3f}",
+            f"{2 * (ranks - 1) * ROUND:.3f}",
+            f"{2 * (ranks - 1):,}",
+            f"{2 * 2 * (ranks - 1) * SMALL:.3f}",
             f"{rows * 9 * 8 / 1e6:.2f}",
             f"{rows / engines * tokens * 20 / 1e6:.1f}",
             f"{ranks * 2e3 / 1e6:.2f}",

@@ -5,7 +5,7 @@ max_new_tokens / 16, one in a hundred reaches max_new_tokens. What the policy sa
 is rewarded for even numbers, so that there is something to learn. For measurements:
 `python benchmarks/long_tail.py`.
 
-    torchrun --nproc_per_node=2 grpo.py --task=examples/long_tail.py:LongTail --max_new_tokens=512
+    torchrun --nproc_per_node=2 grpo.py --task=examples/long_tail.py:LongTail --max_new_tokens=200
 """
 
 import math

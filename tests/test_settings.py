@@ -241,13 +241,6 @@ def test_shards_are_consecutive_ranks(ranks):
     assert w.shards == [[2, 3], [4, 5]]
 
 
-@pytest.mark.parametrize(
-    "file", sorted((ROOT / "configs/grpo").glob("*.yaml")), ids=lambda p: p.stem
-)
-def test_shipped_configs_are_settings(file):
-    settings(grpo.Config, [f"--config={file}"])
-
-
 def test_said_once_by_the_ranks():
     done = run(3, "grpo.py", "--stpes=3")
     assert done.returncode != 0 and done.stderr.count("there is no setting 'stpes'") == 1
