@@ -186,10 +186,19 @@ class World:
             if self.colocated:  # freed memory goes back page by page: a waking engine needs it
                 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
             torch.cuda.set_device(self.device)
+        backend, device_backend, where = "gloo", "gloo", {}
+        if self.cuda:
+            backend, device_backend = "cpu:gloo,cuda:nccl", "nccl"
+        if self.restart != "0" and self.size == int(os.environ["LOCAL_WORLD_SIZE"]):
+            # torchrun's store still has the addresses of ranks that died: a name of its own. (On
+            # several nodes the counts of restarts may differ.)
+            master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(*master, is_master=False, timeout=LONG)
+            where = {"store": dist.PrefixStore(f"restart {self.restart}", store)}
+            where |= {"rank": self.rank, "world_size": self.size}
         # No device_id: an eagerly bound NCCL splits communicators, which takes every rank.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", timeout=LONG)
+        dist.init_process_group(backend, timeout=LONG, **where)
         self.store = dist.distributed_c10d._get_default_store()
-        device_backend = "nccl" if self.cuda else "gloo"
 
         def group(name, ranks, backend):
             return dist.new_group(ranks, backend=backend, timeout=LONG, group_desc=name)
@@ -211,6 +220,7 @@ class World:
         self.carries_weights = apart and self.rank in weights
         self.weights = group("weights", weights, device_backend)
         self.engine_group = own("engine", self.engines, "gloo")
+        self.attempt = self.agree(time.time_ns())  # counters of an earlier one are not gone on with
 
     def arrive(self, name: str):
         """Wait for every rank; a generator goes on with its rows until all are here. Collective."""
@@ -228,12 +238,12 @@ class World:
 
     def count(self, name: str) -> int:
         """0, 1, 2, ... over all ranks: an atomic counter in torchrun's store."""
-        return self.store.add(f"nanoforge/{self.restart}/{name}", 1) - 1
+        return self.store.add(f"nanoforge/{self.attempt}/{name}", 1) - 1
 
     def has_failed(self) -> bool:
         """Whether some rank has said that it failed; False too if the store is gone."""
         with contextlib.suppress(Exception):
-            return self.store.check([f"nanoforge/{self.restart}/failures"])
+            return self.store.check([f"nanoforge/{self.attempt}/failures"])
         return False
 
     def lap(self, name: str | None = None):
