@@ -14,6 +14,8 @@ class Examples:
 
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer, self.order = cfg, tokenizer, (None, [])
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"model={cfg.model}: its tokenizer has no token that ends a reply")
         if not cfg.data:
             self.task, self.left_out = load_task(cfg), 0
             if not hasattr(self.task, "demonstration"):
@@ -61,6 +63,8 @@ class Examples:
                 messages[:upto], add_generation_prompt=prompt, return_dict=True
             )["input_ids"]
 
+        if not self.tokenizer.chat_template:
+            raise UserError(f"model={self.cfg.model} has no chat template for 'messages'")
         tokens, mask = [], []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -82,10 +86,16 @@ class Examples:
 
 def pieces(example: dict, where: str) -> list:
     """`messages`, or `prompt` with `completion` (or `answer`) -> what `Examples.encode` takes."""
-    if "messages" in example:
-        return example["messages"]
+    if messages := example.get("messages"):
+        text = isinstance(messages, list) and all(
+            isinstance(m, dict) and {str} == {type(m.get("role")), type(m.get("content"))}
+            for m in messages
+        )
+        if not text:
+            raise UserError(f"{where}: 'messages' is not a list of texts with 'role' and 'content'")
+        return messages
     reply = example.get("completion", example.get("answer"))
-    if "prompt" not in example or reply is None:
+    if not isinstance(example.get("prompt"), str) or reply is None:
         needed = "no 'messages', and no 'prompt' with 'completion'"
         raise UserError(f"{where}: {needed}: {sorted(example)}")
     return [(example["prompt"], False), (str(reply), True)]

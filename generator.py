@@ -99,18 +99,18 @@ class Generator:
     # ------------------------------------------------------------ prompts
 
     def prepare_prompts(self):
-        """Tokenise every prompt; those over max_prompt_tokens are left out and counted, not cut."""
+        """Tokenise every prompt; empty ones and those over max_prompt_tokens are not asked."""
         limit = self.cfg.max_prompt_tokens
         for split in ("train", "heldout"):
             examples = getattr(self.task, split)
             tokens = [self.encode_prompt(e["prompt"]) for e in examples]
-            kept = [{**e, "tokens": t} for e, t in zip(examples, tokens) if len(t) <= limit]
+            kept = [{**e, "tokens": t} for e, t in zip(examples, tokens) if 0 < len(t) <= limit]
             if not kept:
                 name = f"task={self.cfg.task}: every {split} prompt"
-                raise UserError(f"{name} is longer than max_prompt_tokens={limit}")
+                raise UserError(f"{name} is longer than max_prompt_tokens={limit}, or empty")
             if left_out := len(examples) - len(kept):
                 share = f"{left_out} of {len(examples)} {split} prompts"
-                self.note(f"left out {share}: longer than {limit} tokens")
+                self.note(f"left out {share}: longer than {limit} tokens, or empty")
             setattr(self.task, split, kept)
         self.eos = eos_tokens(self.cfg.model, self.tokenizer)
         self.stops = sorted(self.eos | {t for c in self.task.stop for t in self.encode(c)[-1:]})

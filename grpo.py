@@ -99,7 +99,10 @@ class Config:
     eval_every: int = 10  # steps between evaluations on held-out prompts; 0: only at the end
     eval_size: int = 128  # held-out prompts; 0: no evaluation
     eval_samples: int = 1  # 1: greedy; more: that many samples at `temperature`
-    save_every: int = 0  # steps between checkpoints; 0: only when the run is stopped
+    save_every: int = 10  # steps between checkpoints; 0: only when the run is stopped
+    save_minutes: float = 0.0  # minutes between checkpoints, besides; 0: by steps alone
+    keep_checkpoints: int = 2  # newest ones that stay, besides the best; 0: all
+    max_skipped: int = 2  # updates in a row that a gradient of NaN or infinity may cost
     stop_seconds: float = 8.0  # a step longer than this is cut short by Ctrl-C, unsaved
     resume: str = "no"  # no, auto (newest checkpoint of run_dir), or a checkpoint's folder
     save_rollouts: bool = False  # keep every step's table in run_dir/rollouts/
@@ -185,7 +188,8 @@ def check_frozen(cfg: Config, path: str):
         return
     if not has_weights(path):
         raise UserError(f"{path}: a configuration, but no weights in this folder")
-    ours, theirs = (AutoTokenizer.from_pretrained(p).get_vocab() for p in (cfg.model, path))
+    paths, safe = (cfg.model, path), {"trust_remote_code": False}
+    ours, theirs = (AutoTokenizer.from_pretrained(p, **safe).get_vocab() for p in paths)
     if ours != theirs:
         raise UserError(f"{path}: its tokenizer is not that of model={cfg.model}, so tokens differ")
 
@@ -193,7 +197,7 @@ def check_frozen(cfg: Config, path: str):
 def main(cfg: Config, world, run):
     """The loop. Every rank runs every line; one that has no part in a line passes through it."""
     task, loss = load_task(cfg), losses.policy_loss(find_loss(cfg))
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
     trainer = Trainer(cfg, world, tokenizer, frozen_models(cfg))
     start = run.resume(trainer)
     uncorrected = cfg.old_policy == "trainer" and cfg.correction == "none"

@@ -239,8 +239,11 @@ HEAD_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # Cohere,
 def check_config(path: str) -> AutoConfig:
     """The model's configuration; UserError if there is none, or it is of a kind not covered."""
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            why = "it brings Python code of its own, which would run as you (trust_remote_code)"
+            raise UserError(f"model={path}: {why}; that is off, without a switch") from None
         raise UserError(f"model={path}: no model there ({str(error).splitlines()[0]})") from None
     if not any(name.endswith("ForCausalLM") for name in config.architectures or []):
         raise UserError(f"model={path}: {config.architectures} is not a causal language model")
@@ -295,7 +298,7 @@ def build_policy(cfg, world, frozen: str | None = None) -> Policy:
         torch.manual_seed(cfg.seed)
         lm = AutoModelForCausalLM.from_config(config, **how)
     else:
-        lm = AutoModelForCausalLM.from_pretrained(path, **how)
+        lm = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **how)
     lm.train(not frozen).requires_grad_(not frozen)
     shard = {
         "mesh": trainer_mesh(world),

@@ -30,7 +30,7 @@ class Run:
 
     def __init__(self, cfg, world):
         self.cfg, self.world, self.bar, self.started = cfg, world, None, time.time()
-        self.folder = pathlib.Path(cfg.run_dir)
+        self.folder, self.last_save = pathlib.Path(cfg.run_dir), time.time()
         self.clocks: dict[int, dict] = {}  # rank -> its clock at the last step
         self.rows: list[dict] = []  # the lines of metrics.jsonl that the end table needs
         self.evals: dict[int, tuple[float, float]] = {}  # version -> mean and standard error
@@ -90,7 +90,7 @@ class Run:
         checkpoints aside, which a restart would else take for this run's.
         """
         for path in self.folder.glob("checkpoints/step-*"):
-            if int(path.name.removeprefix("step-")) > start:
+            if step_of(path) > start:
                 path.rename(path.with_name(f"aside-{time.time_ns()}-{path.name}"))
         for path in self.folder.glob("rollouts/*"):
             if int(path.name) >= start:
@@ -106,27 +106,75 @@ class Run:
     def resume(self, trainer) -> int:
         """Load the checkpoint that the run starts from, if any; returns the first step to do.
 
+        One that cannot be loaded is named; the one before it in this run's folder is taken.
         Collective.
         """
-        if self.checkpoint:
-            trainer.load(pathlib.Path(self.checkpoint))
+        began = self.checkpoint or self.world.restart != "0"
+        while self.checkpoint:
+            path = pathlib.Path(self.checkpoint)
+            own, problem = path.parent.parent == self.folder, None
+            if self.world.writes:
+                problem = trainer.problem(path) or (self.unjudged(path) if own else "")
+            problem = self.world.agree(problem)
+            if not problem:
+                trainer.load(path)
+                break
+            if not own:
+                raise ValueError(f"resume={path}: {problem}")
+            before = latest_checkpoint(self.folder, step_of(path)) if self.world.writes else None
+            self.checkpoint = self.world.agree(before)
+            if self.world.writes:
+                self.say(f"{path}: {problem}; going on from {self.checkpoint or 'step 0'}")
         start = self.world.agree(trainer.version)
-        if self.world.writes and (self.checkpoint or self.world.restart != "0"):
+        if self.world.writes and began:
             self.truncate(start)
         self.world.phase = "the loop"
         return start
 
+    def unjudged(self, path: pathlib.Path) -> str:
+        """Whether the evaluation of the version before, which goes on beside the step that follows,
+        was lost with the run. The checkpoint before, if there is one, makes it again.
+        """
+        version, cfg, metrics = step_of(path) - 1, self.cfg, self.folder / "metrics.jsonl"
+        if not (getattr(cfg, "eval_samples", 0) and cfg.eval_size and cfg.eval_every):
+            return ""
+        lines = report.read_lines(metrics) if metrics.exists() else []
+        judged = {x["step"] for x in lines if "eval_reward" in x}
+        due = version % cfg.eval_every == 0 and latest_checkpoint(self.folder, version + 1)
+        return f"version {version} was not yet judged" if due and version not in judged else ""
+
     def save(self, trainer, step: int):
-        """A checkpoint every `save_every` steps. Collective over trainers."""
-        if self.cfg.save_every and step % self.cfg.save_every == 0:
-            trainer.save(self.folder / "checkpoints")
+        """Every `save_every` steps and `save_minutes`. Collective over trainers."""
+        trainer.saved(wait=False)
+        if self.world.saves or self.cfg.save_every and step % self.cfg.save_every == 0:
+            self.last_save = time.time()
+            trainer.save(self.folder / "checkpoints", self.prune)
+        minutes = (time.time() - self.last_save) / 60
+        self.world.due = 0 < self.cfg.save_minutes <= minutes  # `gather` tells the others
+
+    def prune(self):
+        """The newest checkpoints stay, and the best by what was held out: `best` points at it."""
+        place = self.folder / "checkpoints"
+        found = sorted(filter(is_checkpoint, place.glob("step-*")), key=step_of)
+        scores = {r["step"] + 1: -r["eval_loss"] for r in self.rows if "eval_loss" in r}
+        scores |= {version: mean for version, (mean, _) in self.evals.copy().items()}
+        judged = [path for path in found if step_of(path) in scores]
+        best = max(judged, key=lambda path: scores[step_of(path)], default=None)
+        if best:
+            (place / "new-best").unlink(missing_ok=True)
+            (place / "new-best").symlink_to(best.name)
+            (place / "new-best").rename(place / "best")
+        for path in found[: -self.cfg.keep_checkpoints] if self.cfg.keep_checkpoints else ():
+            if path != best:
+                shutil.rmtree(path.rename(path.with_name(f"partial-{path.name}")))
 
     def stopped(self, trainer, step: int, rollouts):
         """The run was told to stop: everything that was learned is saved. Collective."""
         self.log(step, {}, rollouts)  # evaluations that ended meanwhile
         with self.world.span("save"):
             if trainer.version > 0:
-                trainer.save(self.folder / "checkpoints")
+                trainer.save(self.folder / "checkpoints", self.prune)
+                trainer.saved()
             self.world.agree(None)
         if self.world.writes:
             resume = "--resume=auto goes on from there" if trainer.version else "nothing to save"
@@ -213,7 +261,12 @@ def is_checkpoint(folder: pathlib.Path) -> bool:
     return (folder / "about.json").exists()  # written last
 
 
-def latest_checkpoint(run_folder: pathlib.Path) -> str | None:
+def step_of(checkpoint: pathlib.Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def latest_checkpoint(run_folder: pathlib.Path, before: float = float("inf")) -> str | None:
     """The newest complete checkpoint of a run, or None."""
     found = [p for p in run_folder.glob("checkpoints/step-*") if is_checkpoint(p)]
-    return str(max(found, key=lambda p: int(p.name.removeprefix("step-")))) if found else None
+    found = [p for p in found if step_of(p) < before]
+    return str(max(found, key=step_of)) if found else None

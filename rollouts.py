@@ -237,10 +237,11 @@ def gather(rollouts: Rollouts, world, tokens_per_microbatch: int, minibatches: i
         group, me, ranks = world.control, world.rank, range(world.size)
         # An engine speaks through its first rank.
         mine = rollouts if world.leads else Rollouts(info=rollouts.info)
-        header = torch.tensor([len(mine), int(world.stopping)])
+        header = torch.tensor([len(mine), int(world.stopping), int(world.due)])
         headers = [torch.empty_like(header) for _ in ranks]
         dist.all_gather(headers, header, group=group)
-        counts, stops = torch.stack(headers).T.tolist()
+        counts, stops, due = torch.stack(headers).T.tolist()
+        world.saves = any(due)
         # Only the first trainer writes things down. To all ranks it would be ranks^2 texts.
         infos = [None for _ in ranks] if world.writes else None
         dist.gather_object(tell(mine, world), infos, world.first_trainer, group)

@@ -67,6 +67,8 @@ def settings(config_class, argv: list[str]):
         raise UserError(text) from None
     except UnicodeDecodeError as error:
         raise UserError(f"--config: this file is not UTF-8 text ({error})") from None
+    if empty := [name for name in names if values[name] is None]:  # YAML's null
+        raise UserError(f"{empty[0]}: it has no value")
     return config_class(**{name: values[name] for name in names})
 
 
@@ -177,6 +179,8 @@ class World:
         self.spans: list[tuple[str, float, float]] = []
         self.since_epoch = time.time() - time.monotonic()  # a clock that is set back moves nothing
         self.phase, self.border = "start", time.monotonic() + self.since_epoch
+        self.due = self.saves = False  # a checkpoint by the clock: for the writer, for everyone
+        self.write = None  # of a checkpoint, in a thread beside the phases: a Future
         self.buckets = None  # how weights travel: planned by the first sync
         self.meanwhile = None  # run_until(done): what a generator does while it waits for others
 
@@ -211,6 +215,7 @@ class World:
         self.control = group("control", everyone, "gloo")  # tables, headers, objects
         self.arrivals = group("arrivals", everyone, "gloo")  # non-blocking barriers, nothing else
         self.trainers = group("trainers", self.trainer_ranks, device_backend)
+        self.savers = group("savers", self.trainer_ranks, "gloo")  # checkpoints, beside training
         self.mesh = [self.trainers]  # FSDP's group; with copies of the model HSDP's two
         if len(self.shards) > 1:
             same_shard = [list(ranks) for ranks in zip(*self.shards)]
@@ -239,6 +244,11 @@ class World:
     def count(self, name: str) -> int:
         """0, 1, 2, ... over all ranks: an atomic counter in torchrun's store."""
         return self.store.add(f"nanoforge/{self.attempt}/{name}", 1) - 1
+
+    def writing(self) -> bool:
+        """Whether something is being written that a signal should not cut short."""
+        write = self.write  # once: the main thread may put None there meanwhile
+        return self.phase in ("save", "export") or bool(write and not write.done())
 
     def has_failed(self) -> bool:
         """Whether some rank has said that it failed; False too if the store is gone."""
@@ -297,8 +307,7 @@ def watch_signals(world: World, run: Run):
         os.read(read_end, 1)
         world.stopping = True
         end = time.monotonic() + run.cfg.stop_seconds
-        writing = ("save", "export")
-        while not world.has_failed() and (time.monotonic() < end or world.phase in writing):
+        while not world.has_failed() and (time.monotonic() < end or world.writing()):
             time.sleep(0.1)
         with contextlib.suppress(Exception):
             run.finish()
@@ -357,7 +366,7 @@ def say_what_failed(error: BaseException, world: World, run: Run | None):
     what = what.splitlines()[0]
     line = f"nanoforge: rank {world.rank} ({role}) stopped in {world.phase}: {what}{where}"
     if run:
-        run.say(line)
+        run.say(f"\n{line}")  # the writer's bar may have left its line open
         run.screen.flush()
     else:
         print(line, file=sys.stderr, flush=True)

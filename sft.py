@@ -53,7 +53,10 @@ class Config:
     # what is judged and kept
     eval_every: int = 100  # steps between evaluations of the held-out loss; 0: never
     eval_size: int = 256  # held-out examples
-    save_every: int = 0  # steps between checkpoints; 0: only when the run is stopped
+    save_every: int = 100  # steps between checkpoints; 0: only when the run is stopped
+    save_minutes: float = 0.0  # minutes between checkpoints, besides; 0: by steps alone
+    keep_checkpoints: int = 2  # newest ones that stay, besides the best; 0: all
+    max_skipped: int = 2  # updates in a row that a gradient of NaN or infinity may cost
     stop_seconds: float = 8.0  # a step longer than this is cut short by Ctrl-C, unsaved
     resume: str = "no"  # no, auto (newest checkpoint of run_dir), or a checkpoint's folder
 
@@ -77,7 +80,7 @@ def sft_loss(logprobs, rows, cfg):
 
 def main(cfg: Config, world, run):
     """The loop of grpo.py, whose rows come from data."""
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
     data = Examples(cfg, tokenizer)
     if world.writes and not has_weights(cfg.model):
         run.say(f"{cfg.model} has no weights: starting from random ones")

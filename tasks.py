@@ -88,7 +88,7 @@ class FileTask(Task):
         super().__init__(cfg)
         examples = {}  # by prompt: one that stands twice could be on both sides
         for where, e in read_examples(cfg.task, "train"):
-            if not {"prompt", "answer"} <= e.keys():
+            if "answer" not in e or not isinstance(e.get("prompt"), str):
                 raise UserError(f"{where}: needs 'prompt' and 'answer', has {sorted(e)}")
             examples[e["prompt"]] = e
         order, held = list(examples.values()), min(512, len(examples) // 10)

@@ -1,5 +1,6 @@
 """The trainer: micro-batches through the policy, one division, one clip, one optimizer step."""
 
+import concurrent.futures
 import json
 import math
 import pathlib
@@ -8,15 +9,13 @@ import shutil
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from model import build_policy, pack_rows, send
 from rollouts import Rollouts
+from runtime import UserError
 
 
 def learning_rate(step: int, cfg) -> float:
@@ -37,6 +36,8 @@ class Trainer:
         self.cfg, self.world, self.tokenizer, self.version = cfg, world, tokenizer, 0
         if not world.trains:
             return
+        self.skipped = 0  # updates in a row whose gradient was not finite
+        self.background = concurrent.futures.ThreadPoolExecutor(1)
         self.policy = build_policy(cfg, world)
         models = (frozen or {}).items()
         self.frozen = {column: build_policy(cfg, world, path) for column, path in models}
@@ -115,12 +116,14 @@ class Trainer:
                         sums[name] = add(sums[name], value) if name in sums else value
                 # Without a token that counts nothing moves: not by momentum either.
                 if sampled_tokens(table):
-                    norms.append(self.update())
+                    norms.append(self.update())  # None: skipped
                 self.optimizer.zero_grad(set_to_none=True)
             self.version += 1
             metrics = self.reduce(sums)
             metrics["tokens"] /= epochs
             metrics["loss"] = metrics.pop("loss_sum") / (epochs * len(rollouts.plan))
+            metrics["skipped"] = norms.count(None)
+            norms = [norm for norm in norms if norm is not None]
             metrics["grad_norm"] = sum(norms) / max(len(norms), 1)
             tokens = sampled_tokens(rollouts.all)
             assert metrics["tokens"] == tokens, (metrics["tokens"], tokens)  # each exactly once
@@ -154,8 +157,10 @@ class Trainer:
         whole = ("tokens", "_max", "_sum", "_histogram")
         return {k: v if k.endswith(whole) else v / tokens for k, v in out.items()}
 
-    def update(self) -> float:
-        """Clip to `max_grad_norm` and step. Returns the norm before the clip."""
+    def update(self) -> float | None:
+        """Clip to `max_grad_norm` and step. Returns the norm before the clip; None if it is not
+        finite, and then nothing moves. The run ends after `max_skipped` of these in a row.
+        """
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters], foreach=True)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -166,51 +171,111 @@ class Trainer:
         # Where this is 1 fused AdamW moves nothing: the host need not wait for the norm to go on.
         self.optimizer.found_inf = (~norm.isfinite()).float()
         self.optimizer.step()
-        if not norm.isfinite():  # the same on every trainer; the weights are still good
-            raise FloatingPointError(f"the gradient's norm is {float(norm)}: see samples.jsonl")
-        return float(norm)
+        if norm.isfinite():  # the same on every trainer
+            self.skipped = 0
+            return float(norm)
+        self.skipped += 1
+        if self.skipped > self.cfg.max_skipped:
+            what = f"the gradient's norm is {float(norm)}, {self.skipped} times in a row"
+            raise FloatingPointError(f"{what}: see samples.jsonl")
+        return None
 
     # ------------------------------------------------------------ checkpoints
 
-    def state(self) -> dict:
-        return {
-            "policy": dict(self.policy.named_parameters()),
-            "optimizer": get_optimizer_state_dict(self.policy, self.optimizer),
-        }
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that training is, by name: tensors alone, for anything else would need pickle.
 
-    def save(self, folder: pathlib.Path):
-        """Write folder/step-N, by a temporary name: it is complete or absent, and what stood there
-        before goes last. Collective.
+        Settings are not in it: a resumed run goes by its own. Random states are one a trainer.
+        """
+        state, steps = {}, []
+        for name, p in self.policy.named_parameters():
+            own = self.optimizer.state[p]
+            if not own:  # as AdamW itself begins
+                own["step"] = torch.zeros((), device=p.device)
+                own |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            state[f"policy.{name}"] = p.detach()
+            state |= {f"{k}.{name}": own[k].detach() for k in ("exp_avg", "exp_avg_sq")}
+            steps.append(own["step"])
+        state["steps"] = torch.stack(steps)
+        state[f"random.{self.world.trainer_index}"] = torch.get_rng_state()
+        if self.world.cuda:
+            state[f"random.cuda.{self.world.trainer_index}"] = torch.cuda.get_rng_state()
+        return state
+
+    def save(self, folder: pathlib.Path, finished=lambda: None):
+        """Copy the state to host memory; a thread writes it to folder/step-N meanwhile. `finished`
+        is called on the writer when it is there. Collective.
         """
         if not self.world.trains:
             return
         with self.world.span("save"):
-            final = folder / f"step-{self.version}"
-            partial = folder / f"partial-{self.version}"
+            self.saved()  # the one before
             if self.world.writes:
                 for left in folder.glob("partial-*"):  # by a save that failed
                     shutil.rmtree(left)
-                partial.mkdir(parents=True)
+                (folder / f"partial-{self.version}").mkdir(parents=True)
             dist.barrier(group=self.world.trainers)
-            dcp.save(self.state(), checkpoint_id=partial, process_group=self.world.trainers)
+            state = BlockingAsyncStager().stage(self.state())
+            job = (state, folder, self.version, finished)
+            self.world.write = self.background.submit(self.write, *job)
+
+    def write(self, state: dict, folder: pathlib.Path, step: int, finished):
+        """By a temporary name: a checkpoint is complete or absent, and what stood there before goes
+        last. In a thread, on a group that nothing else uses.
+        """
+        partial, old = folder / f"partial-{step}", folder / f"partial-old-{step}"
+        sink = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        try:
+            dcp.save(state, storage_writer=sink, process_group=self.world.savers)
+        except dcp.api.CheckpointException as error:
             if self.world.writes:
-                (partial / "about.json").write_text(json.dumps({"step": self.version}))
-                if final.exists():
-                    final.rename(folder / f"partial-old-{self.version}")
-                partial.rename(final)
-                shutil.rmtree(folder / f"partial-old-{self.version}", ignore_errors=True)
-            dist.barrier(group=self.world.trainers)
+                shutil.rmtree(partial, ignore_errors=True)  # it may have filled the disk
+            why = " ".join(str(next(iter(error.failures.values()))[0]).split())
+            raise UserError(f"{folder}/step-{step} was not written: {why}") from error
+        if self.world.writes:
+            files = {path.name: path.stat().st_size for path in partial.iterdir()}
+            (partial / "about.json").write_text(json.dumps({"step": step, "files": files}))
+            if (final := folder / f"step-{step}").exists():
+                final.rename(old)
+            partial.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+            finished()
+
+    def saved(self, wait: bool = True):
+        """Raise what went wrong with the write in progress, when it has ended."""
+        if self.world.write and (wait or not self.world.writing()):
+            self.world.write.result()
+            self.world.write = None
+
+    def problem(self, folder: pathlib.Path) -> str:
+        """Why a checkpoint cannot be loaded here; "" if it can. Sizes are compared, not bits."""
+        try:
+            sizes = json.loads((folder / "about.json").read_text())["files"]
+            cut = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
+            found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        except Exception as error:  # of many kinds: files are missing, empty, or not what they were
+            return f"damaged ({type(error).__name__}: {str(error):.80})"
+        if cut:
+            return f"damaged ({cut[0]} is not {sizes[cut[0]]} bytes long)"
+        shapes = {name: tuple(m.size) for name, m in found.items() if "random." not in name}
+        ours = {k: tuple(v.shape) for k, v in self.state().items() if "random." not in k}
+        differ = sorted({name for name, _ in shapes.items() ^ ours.items()})
+        return f"of another model (see {differ[0]})" if differ else ""
 
     def load(self, folder: pathlib.Path):
         """Weights, optimizer and step of a checkpoint of any number of trainers. Collective."""
         if not self.world.trains:
             return
-        state = self.state()
-        dcp.load(state, checkpoint_id=folder, process_group=self.world.trainers)
-        set_optimizer_state_dict(self.policy, self.optimizer, state["optimizer"])
-        for group in self.optimizer.param_groups:  # the settings of this run, not the saved ones
-            group |= {"betas": (self.cfg.beta1, self.cfg.beta2)}
-            group |= {"weight_decay": self.cfg.weight_decay}
+        state, source = self.state(), dcp.HuggingFaceStorageReader(str(folder))
+        found = source.read_metadata().state_dict_metadata  # a trainer more has no random state
+        state = {name: value for name, value in state.items() if name in found}
+        dcp.load(state, storage_reader=source, process_group=self.world.trainers)
+        for p, step in zip(self.policy.parameters(), state["steps"].unbind()):
+            self.optimizer.state[p]["step"].copy_(step)
+        if (mine := f"random.{self.world.trainer_index}") in state:
+            torch.set_rng_state(state[mine])
+        if (mine := f"random.cuda.{self.world.trainer_index}") in state:
+            torch.cuda.set_rng_state(state[mine])
         self.version = json.loads((folder / "about.json").read_text())["step"]
 
 

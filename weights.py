@@ -113,6 +113,7 @@ def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torc
     from huggingface_hub import save_torch_state_dict
 
     with world.span("export"):
+        trainer.saved()  # a checkpoint that is being written
         tensors = {}
         for name, full in stream(trainer) if world.trains else ():
             if world.writes:

@@ -35,7 +35,8 @@ def load_policy(run: pathlib.Path, step: int, cfg, model: str | None):
     checkpoint, source = run / f"checkpoints/step-{step}", model or cfg.model
     if checkpoint.exists() and not model:
         state = {"policy": {f"lm.{name}": p.data for name, p in lm.named_parameters()}}
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+        source = dcp.HuggingFaceStorageReader(str(checkpoint))
+        dcp.load(state, storage_reader=source, no_dist=True)
         source = str(checkpoint)
     return Policy(lm, cfg.temperature, cfg.head_chunk), source
 

@@ -107,3 +107,18 @@ def tiny(tmp_path_factory):
         return str(folder)
 
     return make
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """A world of one trainer, connected."""
+    from runtime import World
+
+    env = dict(TORCHELASTIC_RUN_ID="x", RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
+    env |= dict(TORCHELASTIC_RESTART_COUNT=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)
+    for name, value in env.items():
+        monkeypatch.setenv(name, str(value))
+    world = World(None)
+    world.connect()
+    yield world
+    world.close()

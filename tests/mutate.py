@@ -211,11 +211,8 @@ MUTATIONS = r"""
 + if True:
 
 22 optimizer starts anew: trainer.py
--         state = self.state()
--         dcp.load(state, checkpoint_id=folder, process_group=self.world.trainers)
--         set_optimizer_state_dict(self.policy, self.optimizer, state["optimizer"])
-+         state = {"policy": dict(self.policy.named_parameters())}
-+         dcp.load(state, checkpoint_id=folder, process_group=self.world.trainers)
+- for name, value in state.items() if name in found}
++ for name, value in state.items() if name in found and "exp_avg" not in name}
 
 22 step starts anew: trainer.py
 - json.loads((folder / "about.json").read_text())["step"]

@@ -17,23 +17,10 @@ import sft
 import weights
 from record import Run
 from rollouts import Rollouts
-from runtime import World, say_what_failed
+from runtime import say_what_failed
 from trainer import Trainer
 
 CALCULATOR = ROOT / "assets/calculator"
-
-
-@pytest.fixture
-def world(monkeypatch):
-    """A world of one trainer, connected."""
-    env = dict(TORCHELASTIC_RUN_ID="x", RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
-    env |= dict(TORCHELASTIC_RESTART_COUNT=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)
-    for name, value in env.items():
-        monkeypatch.setenv(name, str(value))
-    world = World(None)
-    world.connect()
-    yield world
-    world.close()
 
 
 def start(world, folder, **settings) -> Run:
@@ -147,7 +134,7 @@ def test_a_failure_after_another_still_tells_the_results(world, tmp_path, capfd)
 
 
 STOPPED = """
-import os, sys, time
+import concurrent.futures, os, sys, time
 import sft
 from record import Run
 from runtime import World, watch_signals
@@ -158,18 +145,27 @@ watch_signals(world, run)
 world.phase = sys.argv[2]
 if world.phase == "no store":
     del world.store
+if world.phase == "beside":  # a thread writes while a step is trained
+    world.phase, world.write = "train", concurrent.futures.Future()
 run.say("ready")
 while not world.stopping:
     time.sleep(0.05)
 time.sleep(2)
 run.say("written")
-world.phase = "train"
+world.phase, world.write = "train", None
 time.sleep(20)
 """
 
 
 @pytest.mark.parametrize(
-    ("phase", "waits"), [("train", False), ("no store", False), ("save", True), ("export", True)]
+    ("phase", "waits"),
+    [
+        ("train", False),
+        ("no store", False),
+        ("save", True),
+        ("export", True),
+        ("beside", True),
+    ],
 )
 def test_what_is_being_written_is_awaited_after_a_signal(tmp_path, phase, waits):
     env = dict(TORCHELASTIC_RUN_ID="x", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
