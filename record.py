@@ -119,12 +119,12 @@ class Run:
             if not problem:
                 trainer.load(path)
                 break
-            if not own:
-                raise ValueError(f"resume={path}: {problem}")
-            before = latest_checkpoint(self.folder, step_of(path)) if self.world.writes else None
+            before = latest_checkpoint(self.folder, step_of(path)) if own else None
             self.checkpoint = self.world.agree(before)
+            if not self.checkpoint:  # from step 0 it would write over the run that is here
+                raise ValueError(f"{path}: {problem}; --resume=no sets this run aside")
             if self.world.writes:
-                self.say(f"{path}: {problem}; going on from {self.checkpoint or 'step 0'}")
+                self.say(f"{path}: {problem}; going on from {self.checkpoint}")
         start = self.world.agree(trainer.version)
         if self.world.writes and began:
             self.truncate(start)

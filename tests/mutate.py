@@ -152,8 +152,8 @@ MUTATIONS = r"""
 +         generator.wake
 
 15 no version in the salt: generator.py
-- str(self.version), stops
-+ "0", stops
+- salt = str(self.version)
++ salt = "0"
 
 16 empty micro-batches are skipped: trainer.py
 - rows, device = rollouts.take(numbers) if numbers else nothing(), self.world.device
