@@ -106,8 +106,8 @@ class Run:
     def resume(self, trainer) -> int:
         """Load the checkpoint that the run starts from, if any; returns the first step to do.
 
-        One that cannot be loaded is named; the one before it in this run's folder is taken.
-        Collective.
+        One that cannot be loaded is named; the one before it in this run's folder is taken, and
+        without one the run stops. Collective.
         """
         began = self.checkpoint or self.world.restart != "0"
         while self.checkpoint:
@@ -122,7 +122,7 @@ class Run:
             before = latest_checkpoint(self.folder, step_of(path)) if own else None
             self.checkpoint = self.world.agree(before)
             if not self.checkpoint:  # from step 0 it would write over the run that is here
-                raise ValueError(f"{path}: {problem}; --resume=no sets this run aside")
+                raise ValueError(f"{path}: {problem}; --resume=no sets aside what is here")
             if self.world.writes:
                 self.say(f"{path}: {problem}; going on from {self.checkpoint}")
         start = self.world.agree(trainer.version)
