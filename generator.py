@@ -5,10 +5,7 @@ weights land between two engine steps. Token ids go in and come out; text is mad
 alone, and never tokenised again.
 """
 
-import concurrent.futures
 import contextlib
-import math
-import numbers
 import time
 
 import torch
@@ -18,6 +15,7 @@ from engine import TESTED, Engine
 from rollouts import Rollouts, Row, from_rows
 from runtime import UserError
 from tasks import Episode, reward_name
+from workers import Workers
 
 EVALUATION = -1  # stands for a batch where rows of an evaluation are counted
 
@@ -35,7 +33,6 @@ class Generator:
         if not world.generates:
             return
         self.rows: dict[str, Row] = {}  # in the engine, by request name
-        self.jobs: dict[concurrent.futures.Future, Row] = {}  # with the task, in the pool
         self.groups: dict[tuple, list[Row]] = {}  # (batch, slot) -> rows that have their reward
         self.complete: dict[int, list[Row]] = {}  # batch -> rows of complete groups
         self.refills: dict[int, list[float]] = {}  # batch -> rewards of groups drawn again
@@ -47,7 +44,7 @@ class Generator:
         self.told = {"notes": [], "evals": []}  # what the next `gather` brings to the others
         if world.leads:
             self.prepare_prompts()
-            self.pool = concurrent.futures.ThreadPoolExecutor(cfg.task_workers)
+            self.workers = Workers(task, cfg.task_workers, cfg.task_seconds)
         with world.span("build engine"):
             self.engine = Engine(cfg, world, self.dtype)
         if self.engine.version.split("+")[0] not in TESTED:
@@ -142,7 +139,7 @@ class Generator:
             return
         share = self.cfg.prompts_per_step * self.cfg.group_size / len(self.world.engines)
         while self.batch < min(self.cfg.steps, self.version + self.cfg.max_policy_age + 1):
-            running = len(self.rows) + len(self.jobs) - self.open.get(EVALUATION, 0)
+            running = len(self.rows) + len(self.workers) - self.open.get(EVALUATION, 0)
             if running >= share or len(self.rows) >= self.cfg.max_num_seqs:
                 return
             slot = self.take_slot(self.batch)
@@ -218,22 +215,15 @@ class Generator:
         may_go_on = reason == "stop" and not ended and row.turn + 1 < self.cfg.max_turns
         row.finished = ended or may_go_on  # true if the environment's answer is None
         row.episode.turns.append(self.tokenizer.decode(tokens[:-1] if ended else tokens))
-        self.ask(row, may_go_on)
-
-    def ask(self, row: Row, may_go_on: bool):
-        row.asked = math.inf  # until a worker takes it: waiting in the queue is no fault
-        self.jobs[self.pool.submit(judge, self.task, row, may_go_on)] = row
+        self.workers.ask(row, may_go_on)
 
     def apply_jobs(self):
-        """Take what the pool has finished: the next turn of a row, or its end.
+        """Take what the workers have finished: the next turn of a row, or its end.
 
         With `deterministic` wait for all of it, so that the engine always sees the same rows.
         """
-        while self.cfg.deterministic and concurrent.futures.wait(self.jobs, timeout=1).not_done:
-            self.check_time()
-        done = [future for future in self.jobs if future.done()]
-        for future in sorted(done, key=lambda f: self.jobs[f].key):
-            row, reply = self.jobs.pop(future), future.result()
+        answers = self.workers.answers(wait=self.cfg.deterministic)
+        for row, reply in sorted(answers, key=lambda answer: answer[0].key):
             if reply is None:
                 self.open[EVALUATION if row.evaluates else row.step] -= 1
                 if row.evaluates:
@@ -249,8 +239,7 @@ class Generator:
                 self.submit(row)
             else:  # no room for the environment's words and one more token: cut off here
                 row.finished = False
-                self.ask(row, may_go_on=False)
-        self.check_time()
+                self.workers.ask(row, may_go_on=False)
 
     def completed(self, row: Row):
         """A row of training has its reward. When its group's are all equal, the slot draws another
@@ -271,13 +260,6 @@ class Generator:
             self.start_group(row.step, row.slot, row.attempt + 1)
         else:
             self.complete.setdefault(row.step, []).extend(group)
-
-    def check_time(self):
-        """Each job has the whole limit, from when a worker takes it."""
-        for future, row in self.jobs.items():
-            if not future.done() and time.monotonic() - row.asked > self.cfg.task_seconds:
-                limit = f"task_seconds={self.cfg.task_seconds:g}"
-                raise UserError(f"the task took longer than {limit} ({row.name()})")
 
     # ------------------------------------------------------------ the engine's loop
 
@@ -366,29 +348,6 @@ class Generator:
         """After the last step: the last evaluation's results, in a table without rows."""
         self.finish_evaluation()
         return Rollouts(info=self.report() if self.world.generates else {})
-
-
-def judge(task, row: Row, may_go_on: bool) -> str | None:
-    """In the pool: the environment's reply; None once the rewards are written in the row."""
-    row.asked = time.monotonic()
-    where = f"{row.name()}, prompt {row.episode.problem['prompt'][:60]!r}"
-    reply = guarded(task.reply, row.episode, where) if may_go_on else None
-    if reply is None:
-        for function in task.rewards:
-            value, name = guarded(function, row.episode, where), reward_name(function)
-            if not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise UserError(f"{name} returned {value!r} as a reward ({where})")
-            row.rewards[name] = float(value)
-    return reply
-
-
-def guarded(function, episode: Episode, where: str):
-    """Call the user's function; what it raises becomes one sentence that names it and the row."""
-    try:
-        return function(episode)
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{reward_name(function)} raised {what} ({where})") from error
 
 
 def sample(i: int, row: Row) -> dict:

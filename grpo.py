@@ -7,6 +7,10 @@ Left out on purpose: value network, mixture of experts, images.
     torchrun --nproc_per_node=1 grpo.py                     # one rank does both
 """
 
+import heartbeat
+
+heartbeat.start(__name__)  # a rank is watched from here on: what follows takes seconds
+
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +39,7 @@ class Config:
     # what is asked
     task: str = "calculator"  # or sum_digits, countdown, gsm8k, a .jsonl file, my_file.py:MyTask
     task_data: str = ""  # folder, file or hub name for tasks that read data
-    task_workers: int = 8  # threads for environments and rewards
+    task_workers: int = 8  # processes for environments and rewards
     task_seconds: float = 60.0  # time limit of one environment reply with its rewards
     prompts_per_step: int = 16  # prompts (groups) in a batch
     group_size: int = 8  # replies to each prompt
@@ -103,6 +107,9 @@ class Config:
     save_minutes: float = 0.0  # minutes between checkpoints, besides; 0: by steps alone
     keep_checkpoints: int = 2  # newest ones that stay, besides the best; 0: all
     max_skipped: int = 2  # updates in a row that a gradient of NaN or infinity may cost
+    start_seconds: float = 3600.0  # until a rank is ready: downloads, loading, the engine
+    stuck_seconds: float = 900.0  # of one engine step, micro-batch or exchange: longer is a fault
+    save_seconds: float = 3600.0  # of a checkpoint's or export's writing
     stop_seconds: float = 8.0  # a step longer than this is cut short by Ctrl-C, unsaved
     resume: str = "no"  # no, auto (newest checkpoint of run_dir), or a checkpoint's folder
     save_rollouts: bool = False  # keep every step's table in run_dir/rollouts/
@@ -140,6 +147,7 @@ def check(cfg: Config, world):
     ones += " eval_samples max_num_seqs tokens_per_microbatch sync_bucket_mb epochs_per_batch"
     ones += " minibatches correction_cap dual_clip"
     above = "gpu_memory_utilization task_seconds temperature sapo_tau_positive sapo_tau_negative"
+    above += " start_seconds stuck_seconds save_seconds"
     most, below = {"lr_min_ratio": 1, "gpu_memory_utilization": 1}, {"beta1": 1, "beta2": 1}
     least, above = dict.fromkeys(ones.split(), 1), dict.fromkeys(above.split(), 0)
     limits(cfg, at_least=least, at_most=most, above=above, below=below)

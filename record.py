@@ -52,7 +52,7 @@ class Run:
         A restart by torchrun goes on in its folder, before its first checkpoint from the given one.
         """
         given = None if self.cfg.resume in ("no", "auto") else self.cfg.resume
-        restarted, newest = self.world.restart != "0", latest_checkpoint(self.folder)
+        restarted, newest = self.world.restart > 0, latest_checkpoint(self.folder)
         if newest and (restarted or self.cfg.resume == "auto"):
             return newest
         if self.cfg.resume == "auto":
@@ -109,7 +109,7 @@ class Run:
         One that cannot be loaded is named; the one before it in this run's folder is taken, and
         without one the run stops. Collective.
         """
-        began = self.checkpoint or self.world.restart != "0"
+        began = self.checkpoint or self.world.restart > 0
         while self.checkpoint:
             path = pathlib.Path(self.checkpoint)
             own, problem = path.parent.parent == self.folder, None

@@ -98,7 +98,6 @@ class Row:
     prompt_length: int = 0
     turn: int = 0
     borders: list[tuple[int, int]] = field(default_factory=list)  # in this turn
-    asked: float = 0.0  # when its environment or its rewards were asked
     finished: bool = False
     rewards: dict[str, float] = field(default_factory=dict)
 

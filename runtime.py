@@ -13,9 +13,7 @@ import inspect
 import os
 import pathlib
 import re
-import signal
 import sys
-import threading
 import time
 import traceback
 from operator import ge, gt, le, lt
@@ -23,6 +21,7 @@ from operator import ge, gt, le, lt
 import torch
 import torch.distributed as dist
 
+from heartbeat import HEART, connect_store
 from record import Run, is_checkpoint
 
 LONG = datetime.timedelta(hours=24)  # groups never time out by themselves: a long reply is no fault
@@ -127,7 +126,6 @@ class World:
             raise UserError(f"torchrun makes the ranks, so type: {command}")
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank = int(os.environ["LOCAL_RANK"])
-        self.restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if (num_generators or 0) < 0 or tensor_parallel_size < 1:
             raise UserError("num_generators must be at least 0, tensor_parallel_size at least 1")
         if num_generators == 1 and self.size == 1:
@@ -171,6 +169,8 @@ class World:
         alone = self.writes and num_generators is None
         self.leads = self.rank == self.engine_ranks[0] if self.engine_ranks else alone
 
+        does = ["generator" if r < first_trainer else "trainer" for r in range(self.size)]
+        HEART.names = [f"rank {r} ({what})" for r, what in enumerate(does)]
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", self.local_rank) if self.cuda else torch.device("cpu")
         self.stopping = False  # a signal came: finish what must not be torn, save, leave
@@ -178,7 +178,8 @@ class World:
         self.clock: dict[str, float] = {}
         self.spans: list[tuple[str, float, float]] = []
         self.since_epoch = time.time() - time.monotonic()  # a clock that is set back moves nothing
-        self.phase, self.border = "start", time.monotonic() + self.since_epoch
+        self.store, self.border = HEART.store, time.monotonic() + self.since_epoch
+        self.restart = HEART.attempt  # 0 at first, then torchrun's restarts
         self.due = self.saves = False  # a checkpoint by the clock: for the writer, for everyone
         self.write = None  # of a checkpoint, in a thread beside the phases: a Future
         self.buckets = None  # how weights travel: planned by the first sync
@@ -190,19 +191,18 @@ class World:
             if self.colocated:  # freed memory goes back page by page: a waking engine needs it
                 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
             torch.cuda.set_device(self.device)
-        backend, device_backend, where = "gloo", "gloo", {}
+        backend, device_backend, who = "gloo", "gloo", {}
         if self.cuda:
             backend, device_backend = "cpu:gloo,cuda:nccl", "nccl"
-        if self.restart != "0" and self.size == int(os.environ["LOCAL_WORLD_SIZE"]):
-            # torchrun's store still has the addresses of ranks that died: a name of its own. (On
-            # several nodes the counts of restarts may differ.)
-            master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(*master, is_master=False, timeout=LONG)
-            where = {"store": dist.PrefixStore(f"restart {self.restart}", store)}
-            where |= {"rank": self.rank, "world_size": self.size}
+        if self.size == int(os.environ["LOCAL_WORLD_SIZE"]):  # one node: nobody else listens in
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(name, "lo")
+        if self.store:  # which outlives a restart, with the addresses of ranks that died
+            who = {"store": dist.PrefixStore(HEART.key("torch"), connect_store(LONG))}
+            who |= {"rank": self.rank, "world_size": self.size}
         # No device_id: an eagerly bound NCCL splits communicators, which takes every rank.
-        dist.init_process_group(backend, timeout=LONG, **where)
-        self.store = dist.distributed_c10d._get_default_store()
+        dist.init_process_group(backend, timeout=LONG, **who)
+        self.store = self.store or dist.distributed_c10d._get_default_store()
 
         def group(name, ranks, backend):
             return dist.new_group(ranks, backend=backend, timeout=LONG, group_desc=name)
@@ -225,7 +225,6 @@ class World:
         self.carries_weights = apart and self.rank in weights
         self.weights = group("weights", weights, device_backend)
         self.engine_group = own("engine", self.engines, "gloo")
-        self.attempt = self.agree(time.time_ns())  # counters of an earlier one are not gone on with
 
     def arrive(self, name: str):
         """Wait for every rank; a generator goes on with its rows until all are here. Collective."""
@@ -233,6 +232,7 @@ class World:
             work = dist.barrier(group=self.arrivals, async_op=True)
             if self.meanwhile is not None:
                 self.meanwhile(work.is_completed)
+            HEART.waits = True
             work.wait()
 
     def agree(self, value):
@@ -243,7 +243,7 @@ class World:
 
     def count(self, name: str) -> int:
         """0, 1, 2, ... over all ranks: an atomic counter in torchrun's store."""
-        return self.store.add(f"nanoforge/{self.attempt}/{name}", 1) - 1
+        return self.store.add(HEART.key(name), 1) - 1
 
     def writing(self) -> bool:
         """Whether something is being written that a signal should not cut short."""
@@ -253,7 +253,7 @@ class World:
     def has_failed(self) -> bool:
         """Whether some rank has said that it failed; False too if the store is gone."""
         with contextlib.suppress(Exception):
-            return self.store.check([f"nanoforge/{self.attempt}/failures"])
+            return self.store.check([HEART.key("failures")])
         return False
 
     def lap(self, name: str | None = None):
@@ -262,7 +262,15 @@ class World:
         """
         now, name = time.monotonic() + self.since_epoch, name or self.phase
         self.clock[name] = self.clock.get(name, 0.0) + now - self.border
-        self.border = now
+        self.border, HEART.moved = now, True
+
+    @property
+    def phase(self) -> str:
+        return HEART.phase
+
+    @phase.setter
+    def phase(self, name: str):
+        HEART.enter(name)
 
     @contextlib.contextmanager
     def span(self, name: str):
@@ -289,31 +297,29 @@ def make_world(cfg) -> World:
 # ---------------------------------------------------------------- start and end
 
 
-def watch_signals(world: World, run: Run):
+def watch(world: World, run: Run):
     """SIGTERM and Ctrl-C set `world.stopping`: the loop ends between two steps, with a checkpoint.
 
-    A thread reads the signal from a pipe, because a main thread that is inside a collective never
-    comes back to Python. If the loop has not ended after `stop_seconds` (a long step, or its peer
-    is gone), the thread ends the process; a checkpoint or an export that has begun is awaited.
-    torchrun has a limit of its own: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30 seconds.
+    If it has not ended after `stop_seconds` (a long step, or its peer is gone), the signals' thread
+    ends the process; a checkpoint or an export that has begun is awaited. torchrun has a limit of
+    its own: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30 seconds. The heartbeat learns what phases may last.
     """
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    signal.set_wakeup_fd(write_end)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
 
-    def watch():
-        os.read(read_end, 1)
-        world.stopping = True
-        end = time.monotonic() + run.cfg.stop_seconds
-        while not world.has_failed() and (time.monotonic() < end or world.writing()):
+    def stop():
+        world.stopping, end = True, time.monotonic() + run.cfg.stop_seconds
+        while not (dead := HEART.dead()) and not world.has_failed():
+            if time.monotonic() > end and not world.writing():
+                run.finish()
+                HEART.exit()
             time.sleep(0.1)
-        with contextlib.suppress(Exception):
-            run.finish()
-        os._exit(1)
+        if dead:  # that is why torchrun tells this rank to stop
+            HEART.say(dead)
+        HEART.exit()
 
-    threading.Thread(target=watch, daemon=True, name="signals").start()
+    limits = dict.fromkeys(("start", "the loop", "build engine"), run.cfg.start_seconds)
+    limits |= dict.fromkeys(("save", "export"), run.cfg.save_seconds)
+    HEART.limit = lambda phase: limits.get(phase, run.cfg.stuck_seconds)
+    HEART.logs, HEART.screen, HEART.told_to_stop = run.log_file.parent, run.screen, stop
 
 
 def launch(main, config_class, check):
@@ -335,38 +341,35 @@ def launch(main, config_class, check):
             print(f"nanoforge: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(5)  # rank 0 says it, once; torchrun ends the others when it has left
-        os._exit(2)
+        HEART.exit(2)
     try:
         world.connect()
         run = Run(cfg, world)
-        watch_signals(world, run)
+        watch(world, run)
         main(cfg, world, run)
         run.finish()
         world.close()
     except BaseException as error:
         say_what_failed(error, world, run)
-        os._exit(1)  # not sys.exit: threads and half-open groups must not keep a failed rank alive
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(0)
+        HEART.exit()
+    HEART.exit(0)
 
 
 def say_what_failed(error: BaseException, world: World, run: Run | None):
-    """One sentence on the screen, from the first rank that failed; each traceback in its log."""
+    """One sentence on the screen, about the first rank that failed; each traceback in its log.
+
+    A lost connection is the echo of another's end: a dead rank of this node is named instead, and
+    a lost node is missed by the heartbeat in a while.
+    """
     traceback.print_exc()
-    others = 0  # failed before
-    with contextlib.suppress(Exception):
-        others = world.count("failures")
-    with contextlib.suppress(Exception):
-        run.finish()
-    if others:
-        return  # a consequence of the first failure, such as a lost connection
-    role = "generator" if world.generates and not world.trains else "trainer"
     what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    where = f" (log: {run.log_file})" if run else ""
-    what = what.splitlines()[0]
-    line = f"nanoforge: rank {world.rank} ({role}) stopped in {world.phase}: {what}{where}"
-    if run:
-        run.say(f"\n{line}")  # the writer's bar may have left its line open
-        run.screen.flush()
-    else:
-        print(line, file=sys.stderr, flush=True)
+    line, dead = HEART.line(world.rank, world.phase, what.splitlines()[0]), ""
+    echo = re.search(r"gloo|nccl|connection|peer", what, re.IGNORECASE)
+    end = time.monotonic() + (2 if len(HEART.local) == world.size else 25) * bool(echo)
+    while time.monotonic() < end and not dead and not world.has_failed():
+        time.sleep(0.1)
+        dead = HEART.dead()
+    if run and not world.has_failed():
+        with contextlib.suppress(Exception):
+            run.finish()
+    HEART.say(dead or line)

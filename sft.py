@@ -6,6 +6,10 @@
     torchrun --nproc_per_node=8 sft.py --model=Qwen/Qwen3-0.6B --data=chat.jsonl
 """
 
+import heartbeat
+
+heartbeat.start(__name__)  # a rank is watched from here on: what follows takes seconds
+
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +61,9 @@ class Config:
     save_minutes: float = 0.0  # minutes between checkpoints, besides; 0: by steps alone
     keep_checkpoints: int = 2  # newest ones that stay, besides the best; 0: all
     max_skipped: int = 2  # updates in a row that a gradient of NaN or infinity may cost
+    start_seconds: float = 3600.0  # until a rank is ready: downloads, loading, the engine
+    stuck_seconds: float = 900.0  # of one engine step, micro-batch or exchange: longer is a fault
+    save_seconds: float = 3600.0  # of a checkpoint's or export's writing
     stop_seconds: float = 8.0  # a step longer than this is cut short by Ctrl-C, unsaved
     resume: str = "no"  # no, auto (newest checkpoint of run_dir), or a checkpoint's folder
 
@@ -64,7 +71,9 @@ class Config:
 def check(cfg: Config, world):
     """Settings that cannot work together: one sentence, before anything is loaded."""
     least = {"rows_per_step": 1, "max_tokens": 2, "tokens_per_microbatch": 1}
-    limits(cfg, at_least=least, at_most={"lr_min_ratio": 1}, below={"beta1": 1, "beta2": 1})
+    above = dict.fromkeys(("start_seconds", "stuck_seconds", "save_seconds"), 0)
+    below = {"beta1": 1, "beta2": 1}
+    limits(cfg, at_least=least, at_most={"lr_min_ratio": 1}, above=above, below=below)
     if not cfg.data:
         find_task(cfg.task)
     cfg.model = cfg.model.removeprefix("hf://")

@@ -54,6 +54,7 @@ class Trainer:
         often, for FSDP's collectives: where its plan is empty, a row that counts for nothing.
         """
         for numbers in plan:
+            self.world.lap()  # it moves
             rows, device = rollouts.take(numbers) if numbers else nothing(), self.world.device
             pack = pack_rows(rows.tokens, rows.length, rows.mask, device)
             yield numbers, Rollouts(**{k: send(v, device) for k, v in rows.columns().items()}), pack
@@ -132,11 +133,12 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, rollouts: Rollouts, loss_fn) -> float:
         """Mean loss per sampled token of a gathered table. Collective over trainers."""
-        total = torch.zeros((), device=self.world.device, dtype=torch.float64)
-        for _, rows, pack in self.microbatches(rollouts, sum(rollouts.plan, [])):
-            total += loss_fn(self.policy(pack)[0], rows, self.cfg)[0]
-        reshard(self.policy)
-        dist.all_reduce(total, group=self.world.trainers)
+        with self.world.span("evaluate"):
+            total = torch.zeros((), device=self.world.device, dtype=torch.float64)
+            for _, rows, pack in self.microbatches(rollouts, sum(rollouts.plan, [])):
+                total += loss_fn(self.policy(pack)[0], rows, self.cfg)[0]
+            reshard(self.policy)
+            dist.all_reduce(total, group=self.world.trainers)
         return float(total) / sampled_tokens(rollouts.all)
 
     def reduce(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:

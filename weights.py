@@ -65,7 +65,8 @@ def sync(trainer, generator, world):
     stay valid. Colocated ranks keep what their own all-gather gave. With check_weights the stream
     is sent twice: see `check`.
     """
-    generator.finish_evaluation()
+    with world.span("evaluate"):
+        generator.finish_evaluation()
     world.arrive("sync")
     with world.span("sync"):
         if world.buckets is None:

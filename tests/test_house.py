@@ -13,7 +13,8 @@ from runtime import setting_help
 
 CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "report")
 MAY_IMPORT = {
-    "runtime": {"record"},
+    "heartbeat": set(),
+    "runtime": {"record", "heartbeat"},
     "record": {"report"},
     "report": {"rollouts"},
     "losses": set(),
@@ -22,7 +23,8 @@ MAY_IMPORT = {
     "model": {"runtime"},
     "trainer": {"runtime", "rollouts", "model"},
     "engine": {"runtime"},
-    "generator": {"runtime", "rollouts", "tasks", "engine"},
+    "workers": {"runtime", "rollouts", "tasks"},
+    "generator": {"runtime", "rollouts", "tasks", "engine", "workers"},
     "weights": set(),  # it is handed the trainer and the generator
     "data": {"runtime", "rollouts", "tasks"},
     "grpo": set(CORE) - {"sft"},
