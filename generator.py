@@ -48,8 +48,7 @@ class Generator:
         with world.span("build engine"):
             self.engine = Engine(cfg, world, self.dtype)
         if self.engine.version.split("+")[0] not in TESTED:
-            tested = " and ".join(TESTED)
-            self.note(f"vLLM {self.engine.version} was not tested; {tested} were")
+            self.note(f"vLLM {self.engine.version} was not tested; {' and '.join(TESTED)} were")
         if not world.trains:
             world.meanwhile = self.run_until
 
@@ -57,8 +56,6 @@ class Generator:
         """For the person at the screen. What every engine would say, the first one says."""
         if self.world.engine == 0 and self.world.leads:
             self.told["notes"].append(text)
-
-    # ------------------------------------------------------------ weights
 
     def parameters(self):
         return self.engine.parameters() if self.world.generates else []
@@ -90,24 +87,22 @@ class Generator:
                 self.submit(self.rows[name])
         if self.cfg.inflight == "recompute":  # "keep": they keep the cache of the old weights
             self.engine.recompute()
-        if self.world.leads and self.evaluates(self.version):
+        due = self.cfg.eval_every and self.version % self.cfg.eval_every == 0
+        if self.world.leads and (due or self.version == self.cfg.steps):
             self.admit_evaluation()
-
-    # ------------------------------------------------------------ prompts
 
     def prepare_prompts(self):
         """Tokenise every prompt; empty ones and those over max_prompt_tokens are not asked."""
         limit = self.cfg.max_prompt_tokens
         for split in ("train", "heldout"):
-            examples = getattr(self.task, split)
-            tokens = [self.encode_prompt(e["prompt"]) for e in examples]
-            kept = [{**e, "tokens": t} for e, t in zip(examples, tokens) if 0 < len(t) <= limit]
+            every = getattr(self.task, split)
+            every = [{**e, "tokens": self.encode_prompt(e["prompt"])} for e in every]
+            kept = [e for e in every if 0 < len(e["tokens"]) <= limit]
+            what = f"of {len(every)} {split} prompts: over max_prompt_tokens={limit}, or empty"
             if not kept:
-                name = f"task={self.cfg.task}: every {split} prompt"
-                raise UserError(f"{name} is longer than max_prompt_tokens={limit}, or empty")
-            if left_out := len(examples) - len(kept):
-                share = f"{left_out} of {len(examples)} {split} prompts"
-                self.note(f"left out {share}: longer than {limit} tokens, or empty")
+                raise UserError(f"task={self.cfg.task}: left out all {what}")
+            if len(kept) < len(every):
+                self.note(f"left out {len(every) - len(kept)} {what}")
             setattr(self.task, split, kept)
         self.eos = eos_tokens(self.cfg.model, self.tokenizer)
         self.stops = sorted(self.eos | {t for c in self.task.stop for t in self.encode(c)[-1:]})
@@ -120,13 +115,8 @@ class Generator:
         if not self.tokenizer.chat_template:
             return self.tokenizer.encode(text)
         system = [{"role": "system", "content": self.task.system}] if self.task.system else []
-        return self.tokenizer.apply_chat_template(
-            [*system, {"role": "user", "content": text}],
-            add_generation_prompt=True,
-            return_dict=True,
-        )["input_ids"]
-
-    # ------------------------------------------------------------ rows
+        chat, how = [*system, {"role": "user", "content": text}], {"add_generation_prompt": True}
+        return self.tokenizer.apply_chat_template(chat, return_dict=True, **how)["input_ids"]
 
     def admit(self):
         """Take slots while this engine has a free place, and fewer rows than its share of a batch:
@@ -149,10 +139,8 @@ class Generator:
             self.start_group(self.batch, slot, attempt=0)
 
     def take_slot(self, batch: int) -> int | None:
-        """The next slot of a batch, None after the last.
-
-        Engines take them from a counter in torchrun's store, so that they finish together;
-        `deterministic` deals them out.
+        """The next slot of a batch, None after the last: from a counter in torchrun's store, so
+        that engines finish together; `deterministic` deals them out.
         """
         engines, taken = len(self.world.engines), self.taken.get(batch, 0)
         if self.cfg.deterministic or engines == 1:
@@ -162,18 +150,12 @@ class Generator:
         self.taken[batch] = taken + 1
         return slot if slot < self.cfg.prompts_per_step else None
 
-    def evaluates(self, version: int) -> bool:
-        every = self.cfg.eval_every and version % self.cfg.eval_every == 0
-        return bool(self.cfg.eval_size and (every or version == self.cfg.steps))
-
-    def num_heldout(self) -> int:
-        return min(self.cfg.eval_size, len(self.task.heldout))
-
     def admit_evaluation(self):
         """Held-out problems for the new weights, dealt to the engines; they run beside training."""
-        for slot in range(self.world.engine, self.num_heldout(), len(self.world.engines)):
+        problems = self.task.heldout[: self.cfg.eval_size]
+        for slot in range(self.world.engine, len(problems), len(self.world.engines)):
             for reply in range(self.cfg.eval_samples):
-                episode = Episode(self.task.heldout[slot])
+                episode = Episode(problems[slot])
                 self.start(Row(self.version, slot, 0, reply, episode, evaluates=True))
 
     def start_group(self, batch: int, slot: int, attempt: int):
@@ -197,11 +179,8 @@ class Generator:
         name = "/".join(map(str, (*row.key, row.turn)))
         self.rows[name] = row
         greedy = row.evaluates and self.cfg.eval_samples == 1
-        sampling = {
-            "temperature": 0.0 if greedy else self.cfg.temperature,
-            "max_tokens": self.room(row),
-            "seed": row.seed(self.cfg.seed),
-        }
+        sampling = {"temperature": 0.0 if greedy else self.cfg.temperature}
+        sampling |= {"max_tokens": self.room(row), "seed": row.seed(self.cfg.seed)}
         self.queue.append((name, row.tokens, self.stops, sampling))
 
     def turn_ended(self, name: str, tokens: list[int], logprobs: list[float], reason: str):
@@ -260,8 +239,6 @@ class Generator:
             self.start_group(row.step, row.slot, row.attempt + 1)
         else:
             self.complete.setdefault(row.step, []).extend(group)
-
-    # ------------------------------------------------------------ the engine's loop
 
     def run_until(self, done):
         """Step the engine until `done()`.
@@ -340,8 +317,8 @@ class Generator:
             problems.setdefault(row.slot, []).append(sum(row.rewards.values()))
         if problems and not self.world.stopping:
             means = [sum(r) / len(r) for r in problems.values()]
-            part = {"version": self.version, "rewards": means, "of": self.num_heldout()}
-            self.told["evals"].append(part)
+            size = min(self.cfg.eval_size, len(self.task.heldout))
+            self.told["evals"].append({"version": self.version, "rewards": means, "of": size})
         self.judged = []
 
     def finish(self) -> Rollouts:
@@ -353,9 +330,9 @@ class Generator:
 def sample(i: int, row: Row) -> dict:
     """A row as it stands in samples.jsonl; `gather` adds its advantage."""
     problem = {k: v for k, v in row.episode.problem.items() if k != "tokens"}
-    about = {"slot": row.slot, "reply": row.reply, "finished": row.finished}
-    told = {"problem": problem, "turns": row.episode.turns, "rewards": row.rewards}
-    return {"row": i, **about, "version": max(row.version), **told}
+    out = {"row": i, "slot": row.slot, "reply": row.reply, "finished": row.finished}
+    out |= {"version": max(row.version), "problem": problem}
+    return {**out, "turns": row.episode.turns, "rewards": row.rewards}
 
 
 def eos_tokens(model: str, tokenizer) -> set[int]:

@@ -39,14 +39,14 @@ class Config:
     # what is asked
     task: str = "calculator"  # or sum_digits, countdown, gsm8k, a .jsonl file, my_file.py:MyTask
     task_data: str = ""  # folder, file or hub name for tasks that read data
-    task_workers: int = 8  # processes for environments and rewards
-    task_seconds: float = 60.0  # time limit of one environment reply with its rewards
-    prompts_per_step: int = 16  # prompts (groups) in a batch
-    group_size: int = 8  # replies to each prompt
-    max_prompt_tokens: int = 32  # longer prompts are left out and counted
-    max_new_tokens: int = 40  # tokens after the prompt: all turns, the environment's too
-    max_turns: int = 4  # turns of the policy in one reply
-    temperature: float = 1.0  # of the sampling, and of the trainer's log-probs
+    task_workers: int = 8  # processes for environments and rewards; at least 1
+    task_seconds: float = 60.0  # time limit of one environment reply with its rewards; above 0
+    prompts_per_step: int = 16  # prompts (groups) in a batch; at least 1
+    group_size: int = 8  # replies to each prompt; at least 1
+    max_prompt_tokens: int = 32  # longer prompts are left out and counted; at least 1
+    max_new_tokens: int = 40  # tokens after the prompt, the environment's too; at least 1
+    max_turns: int = 4  # turns of the policy in one reply; at least 1
+    temperature: float = 1.0  # of the sampling, and of the trainer's log-probs; above 0
     top_p: float = 1.0  # must be 1 while training: filtered sampling has other log-probs
     # what is learned from it
     loss: str = "grpo"  # grpo dr_grpo dapo cispo gspo sapo reinforce, or my_file.py:my_loss
@@ -54,15 +54,15 @@ class Config:
     aggregation: Literal["auto", "token", "sequence", "prompt", "fixed"] = "auto"  # the divisor
     clip_low: float = -1.0  # the ratio's clip is [1 - clip_low, 1 + clip_high]; -1: the loss's own
     clip_high: float = -1.0  # larger than clip_low: room for rare tokens (DAPO)
-    dual_clip: float = 3.0  # dapo: the ratio's cap where the advantage is negative
-    sapo_tau_positive: float = 1.0  # sapo: temperature of the gate where the advantage is positive
-    sapo_tau_negative: float = 1.05  # sapo: and where it is negative
+    dual_clip: float = 3.0  # dapo: the ratio's cap where the advantage is negative; at least 1
+    sapo_tau_positive: float = 1.0  # sapo: its gate's temperature where A > 0; above 0
+    sapo_tau_negative: float = 1.05  # sapo: and where A < 0; above 0
     old_policy: Literal["generator", "trainer"] = "generator"  # whom the ratio divides by
     correction: Literal["none", "truncate", "mask"] = "none"  # of trainer against generator
     correction_level: Literal["token", "sequence"] = "token"  # whose ratio is corrected by
-    correction_cap: float = 2.0  # largest weight (truncate); mask: within [1/cap, cap]
-    epochs_per_batch: int = 1  # times that a batch is trained
-    minibatches: int = 1  # optimizer steps that a batch is split into, by prompts
+    correction_cap: float = 2.0  # largest weight (truncate); mask: within [1/cap, cap]; at least 1
+    epochs_per_batch: int = 1  # times that a batch is trained; at least 1
+    minibatches: int = 1  # optimizer steps that a batch is split into, by prompts; at least 1
     overlong: Literal["train", "mask"] = "train"  # replies that were cut off
     equal_rewards: Literal["train", "mask"] = "train"  # groups that teach nothing
     max_refills: int = 0  # times that a slot draws again when its group teaches nothing (DAPO)
@@ -75,10 +75,10 @@ class Config:
     offload_frozen: bool = False  # reference and teacher wait in host memory
     lr: float = 6.5e-4  # peak learning rate
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up
-    lr_min_ratio: float = 0.0  # share of the peak at the last step
+    lr_min_ratio: float = 0.0  # share of the peak at the last step; at most 1
     warmup_steps: int = 0  # of linear warm-up
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
+    beta1: float = 0.9  # AdamW; below 1
+    beta2: float = 0.95  # AdamW; below 1
     weight_decay: float = 0.0  # AdamW
     max_grad_norm: float = 1.0  # the gradient is clipped to this norm; 0: not
     # who does it
@@ -90,26 +90,25 @@ class Config:
     inflight: Literal["keep", "recompute"] = "keep"  # the cache of a running row at new weights
     deterministic: bool = False  # same command, same seed, same ranks, CPU: bitwise the same run
     # how
-    tokens_per_microbatch: int = 4096  # packed tokens of one forward and backward
+    tokens_per_microbatch: int = 4096  # packed tokens of one forward and backward; at least 1
     head_chunk: int = 4096  # words of the vocabulary whose logits exist at once; 0: all
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute in backward
     compile: bool = False  # torch.compile each layer
-    max_num_seqs: int = 256  # rows that an engine runs at once
-    gpu_memory_utilization: float = 0.85  # share of the GPU that an engine may take
+    max_num_seqs: int = 256  # rows that an engine runs at once; at least 1
+    gpu_memory_utilization: float = 0.85  # share of the GPU for an engine; above 0, at most 1
     enforce_eager: bool = False  # no CUDA graphs (a CPU never has any)
-    sync_bucket_mb: int = 512  # megabytes in one weight broadcast
+    sync_bucket_mb: int = 512  # megabytes in one weight broadcast; at least 1
     check_weights: bool = False  # prove after each sync that all hold the same bits
     # what is judged and kept
     eval_every: int = 10  # steps between evaluations on held-out prompts; 0: only at the end
     eval_size: int = 128  # held-out prompts; 0: no evaluation
-    eval_samples: int = 1  # 1: greedy; more: that many samples at `temperature`
+    eval_samples: int = 1  # 1: greedy; more: that many samples at `temperature`; at least 1
     save_every: int = 10  # steps between checkpoints; 0: only when the run is stopped
     save_minutes: float = 0.0  # minutes between checkpoints, besides; 0: by steps alone
     keep_checkpoints: int = 2  # newest ones that stay, besides the best; 0: all
     max_skipped: int = 2  # updates in a row that a gradient of NaN or infinity may cost
-    start_seconds: float = 3600.0  # until a rank is ready: downloads, loading, the engine
-    stuck_seconds: float = 900.0  # of one engine step, micro-batch or exchange: longer is a fault
-    save_seconds: float = 3600.0  # of a checkpoint's or export's writing
+    start_seconds: float = 3600.0  # most that a start, save or export may take; above 0
+    stuck_seconds: float = 900.0  # most that an engine step or micro-batch may take; above 0
     stop_seconds: float = 8.0  # a step longer than this is cut short by Ctrl-C, unsaved
     resume: str = "no"  # no, auto (newest checkpoint of run_dir), or a checkpoint's folder
     save_rollouts: bool = False  # keep every step's table in run_dir/rollouts/
@@ -120,37 +119,21 @@ def check(cfg: Config, world):
     """Settings that cannot work together: one sentence, before anything is loaded."""
     resolve_loss(cfg)
     if cfg.top_p != 1.0:
-        raise UserError(
-            f"top_p={cfg.top_p}: training needs 1.0; filtered sampling has log-probs of its own"
-        )
+        raise UserError(f"top_p={cfg.top_p}: must be 1: filtered sampling has other log-probs")
     if cfg.group_size == 1 and not cfg.teacher:
         raise UserError("group_size=1 has nothing to compare a reply with: use 2 or more")
     if cfg.teacher and (cfg.max_refills or cfg.equal_rewards == "mask"):
-        raise UserError(
-            "a teacher teaches where rewards are equal too: --max_refills=0 --equal_rewards=train"
-        )
+        raise UserError("a teacher has every group: --max_refills=0 --equal_rewards=train")
     if cfg.correction != "none" and cfg.old_policy == "generator":
-        raise UserError(
-            f"correction={cfg.correction} weighs the trainer's old policy against the generator's: "
-            "add --old_policy=trainer (with the generator's, the ratio itself is the correction)"
-        )
+        what = "with the generator's old policy the ratio itself is the correction"
+        raise UserError(f"correction={cfg.correction}: {what}; add --old_policy=trainer")
     if cfg.minibatches > cfg.prompts_per_step:
-        raise UserError(
-            f"minibatches={cfg.minibatches}: prompts_per_step={cfg.prompts_per_step} is the most"
-        )
+        most = f"at most prompts_per_step={cfg.prompts_per_step}"
+        raise UserError(f"minibatches={cfg.minibatches}: {most}")
     if world.colocated and world.cuda and cfg.sleep == "auto" and cfg.max_policy_age:
-        raise UserError(
-            f"max_policy_age={cfg.max_policy_age}: an engine that sleeps while its rank trains "
-            "keeps no rows; use 0, or --sleep=no where the GPU holds engine and trainer at once"
-        )
-    ones = "prompts_per_step group_size max_prompt_tokens max_new_tokens max_turns task_workers"
-    ones += " eval_samples max_num_seqs tokens_per_microbatch sync_bucket_mb epochs_per_batch"
-    ones += " minibatches correction_cap dual_clip"
-    above = "gpu_memory_utilization task_seconds temperature sapo_tau_positive sapo_tau_negative"
-    above += " start_seconds stuck_seconds save_seconds"
-    most, below = {"lr_min_ratio": 1, "gpu_memory_utilization": 1}, {"beta1": 1, "beta2": 1}
-    least, above = dict.fromkeys(ones.split(), 1), dict.fromkeys(above.split(), 0)
-    limits(cfg, at_least=least, at_most=most, above=above, below=below)
+        why = "an engine that sleeps while its rank trains keeps no rows"
+        raise UserError(f"max_policy_age={cfg.max_policy_age}: {why}; use 0, or --sleep=no")
+    limits(cfg)
     find_task(cfg.task)
     find_loss(cfg)
     cfg.model = cfg.model.removeprefix("hf://")
@@ -159,11 +142,9 @@ def check(cfg: Config, world):
     config, longest = check_config(cfg.model), cfg.max_prompt_tokens + cfg.max_new_tokens
     for path in frozen_models(cfg).values():
         check_frozen(cfg, path)
-    if longest > getattr(config, "max_position_embeddings", longest):
-        limit = config.max_position_embeddings
-        raise UserError(
-            f"max_prompt_tokens + max_new_tokens = {longest}, but {cfg.model} has {limit} positions"
-        )
+    if longest > (most := getattr(config, "max_position_embeddings", longest)):
+        what = f"max_prompt_tokens + max_new_tokens = {longest}"
+        raise UserError(f"{what}, but {cfg.model} has {most} positions")
 
 
 def resolve_loss(cfg: Config):

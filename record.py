@@ -1,7 +1,6 @@
 """What a run leaves behind: its folder, its lines on the screen, its checkpoints' names."""
 
 import collections
-import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
@@ -18,6 +17,7 @@ import yaml
 from tqdm import tqdm
 
 import report
+from heartbeat import HEART
 
 # Phase -> what its seconds are called in the log; all others are "other".
 PARTS = {"generate": "generate", "train": "train", "score": "train", "sync": "sync"}
@@ -72,10 +72,8 @@ class Run:
         self.screen.write(text + "\n")
 
     def write_config(self):
-        versions = {}
-        for name in PACKAGES:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions[name] = importlib.metadata.version(name)
+        found = importlib.metadata.distributions()
+        versions = {d.name: d.version for d in found if d.name in PACKAGES}
         about = {"command": " ".join(sys.argv), "ranks": self.world.size, "versions": versions}
         comment = "".join(f"# {x}\n" for x in yaml.safe_dump(about, sort_keys=False).splitlines())
         settings = yaml.safe_dump(dataclasses.asdict(self.cfg), sort_keys=False)
@@ -92,9 +90,8 @@ class Run:
         for path in self.folder.glob("checkpoints/step-*"):
             if step_of(path) > start:
                 path.rename(path.with_name(f"aside-{time.time_ns()}-{path.name}"))
-        for path in self.folder.glob("rollouts/*"):
-            if int(path.name) >= start:
-                shutil.rmtree(path)
+        for path in [p for p in self.folder.glob("rollouts/*") if int(p.name) >= start]:
+            shutil.rmtree(path)
         for path in self.folder.glob("*.jsonl"):
             kept = [x for x in report.read_lines(path) if x["step"] < start]
             path.write_text("".join(json.dumps(x) + "\n" for x in kept))
@@ -115,8 +112,7 @@ class Run:
             own, problem = path.parent.parent == self.folder, None
             if self.world.writes:
                 problem = trainer.problem(path) or (self.unjudged(path) if own else "")
-            problem = self.world.agree(problem)
-            if not problem:
+            if not (problem := self.world.agree(problem)):
                 trainer.load(path)
                 break
             before = latest_checkpoint(self.folder, step_of(path)) if own else None
@@ -128,7 +124,7 @@ class Run:
         start = self.world.agree(trainer.version)
         if self.world.writes and began:
             self.truncate(start)
-        self.world.phase = "the loop"
+        HEART.enter("the loop")
         return start
 
     def unjudged(self, path: pathlib.Path) -> str:
@@ -136,12 +132,12 @@ class Run:
         was lost with the run. The checkpoint before, if there is one, makes it again.
         """
         version, cfg, metrics = step_of(path) - 1, self.cfg, self.folder / "metrics.jsonl"
-        if not (getattr(cfg, "eval_samples", 0) and cfg.eval_size and cfg.eval_every):
+        judges = getattr(cfg, "eval_samples", 0) and cfg.eval_size and cfg.eval_every
+        if not judges or version % judges or not latest_checkpoint(self.folder, version + 1):
             return ""
         lines = report.read_lines(metrics) if metrics.exists() else []
-        judged = {x["step"] for x in lines if "eval_reward" in x}
-        due = version % cfg.eval_every == 0 and latest_checkpoint(self.folder, version + 1)
-        return f"version {version} was not yet judged" if due and version not in judged else ""
+        judged = version in {x["step"] for x in lines if "eval_reward" in x}
+        return "" if judged else f"version {version} was not yet judged"
 
     def save(self, trainer, step: int):
         """Every `save_every` steps and `save_minutes`. Collective over trainers."""
@@ -161,9 +157,9 @@ class Run:
         judged = [path for path in found if step_of(path) in scores]
         best = max(judged, key=lambda path: scores[step_of(path)], default=None)
         if best:
-            (place / "new-best").unlink(missing_ok=True)
-            (place / "new-best").symlink_to(best.name)
-            (place / "new-best").rename(place / "best")
+            (link := place / "new-best").unlink(missing_ok=True)
+            link.symlink_to(best.name)
+            link.rename(place / "best")
         for path in found[: -self.cfg.keep_checkpoints] if self.cfg.keep_checkpoints else ():
             if path != best:
                 shutil.rmtree(path.rename(path.with_name(f"partial-{path.name}")))
@@ -190,9 +186,9 @@ class Run:
         clocks = {i["rank"]: i["clock"] for i in infos} | {self.world.rank: {**self.world.clock}}
         spent = {rank: collections.Counter() for rank in clocks}
         for rank, clock in clocks.items():
-            before = self.clocks.get(rank, {})
             for name, seconds in clock.items():
-                spent[rank][PARTS.get(name, "other")] += seconds - before.get(name, 0.0)
+                seconds -= self.clocks.get(rank, {}).get(name, 0.0)
+                spent[rank][PARTS.get(name, "other")] += seconds
         self.clocks, me = clocks, spent[self.world.rank]
         out = {"step_s": sum(me.values()), "train_s": me["train"], "sync_s": me["sync"]}
         out |= {"idle_trainer_s": me["idle"], "other_trainer_s": me["other"]}

@@ -126,8 +126,9 @@ class Row:
 
     def name(self) -> str:
         """For a person."""
-        kind = "evaluation of version" if self.evaluates else "step"
-        return f"{kind} {self.step}, slot {self.slot}, reply {self.reply}"
+        kind, prompt = "evaluation of version" if self.evaluates else "step", self.episode.problem
+        where = f"{kind} {self.step}, slot {self.slot}, reply {self.reply}"
+        return f"{where}, prompt {prompt['prompt'][:60]!r}"
 
     @property
     def index(self) -> int:

@@ -31,13 +31,10 @@ class UserError(Exception):
     """Something the user can mend. They read its message, one sentence, and no traceback."""
 
 
-# ---------------------------------------------------------------- settings
-
-
 def setting_help(config_class) -> dict[str, str]:
     """The comment behind each field of a dataclass, which is also the text of `--help`."""
-    found = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config_class), re.MULTILINE)
-    return dict(found)
+    lines = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config_class), re.MULTILINE)
+    return dict(lines)
 
 
 def settings(config_class, argv: list[str]):
@@ -50,7 +47,7 @@ def settings(config_class, argv: list[str]):
     how = {"exit_on_error": False, "allow_abbrev": False}
     parser = jsonargparse.ArgumentParser("torchrun SCRIPT", description=config_class.__doc__, **how)
     parser.add_argument("--config", action="config", help="YAML file with settings")
-    meaning, names = setting_help(config_class), [f.name for f in dataclasses.fields(config_class)]
+    meaning = setting_help(config_class)
     for f in dataclasses.fields(config_class):
         about = meaning.get(f.name, "")
         parser.add_argument(f"--{f.name}", type=f.type, default=f.default, help=about)
@@ -60,29 +57,28 @@ def settings(config_class, argv: list[str]):
         text = " ".join(str(error).split())
         said = r"(?:[Uu]nrecognized arguments: --|[Kk]ey '|[Oo]ption '|not accepted: )([\w.]+)"
         if unknown := re.search(said, text):
-            near = difflib.get_close_matches(unknown[1], names, n=1)
+            near = difflib.get_close_matches(unknown[1], meaning, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; --help lists them all"
             raise UserError(f"there is no setting {unknown[1]!r}{hint}") from None
         raise UserError(text) from None
     except UnicodeDecodeError as error:
         raise UserError(f"--config: this file is not UTF-8 text ({error})") from None
-    if empty := [name for name in names if values[name] is None]:  # YAML's null
+    values = {f.name: values[f.name] for f in dataclasses.fields(config_class)}
+    if empty := [name for name, value in values.items() if value is None]:  # YAML's null
         raise UserError(f"{empty[0]}: it has no value")
-    return config_class(**{name: values[name] for name in names})
+    return config_class(**values)
 
 
-LIMITS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
+LIMITS = {"at least": ge, "above": gt, "at most": le, "below": lt}
 
 
-def limits(cfg, **tables: dict[str, float]):
-    """UserError for the first setting beyond its limit; none may be negative, listed or not."""
-    numbers = [f.name for f in dataclasses.fields(cfg) if f.type in (int, float)]
-    tables["at_least"] = dict.fromkeys(numbers, 0) | tables["at_least"]
-    for kind, table in tables.items():
-        for name, limit in table.items():
-            if not LIMITS[kind](getattr(cfg, name), limit):  # NaN is beyond every limit
-                must = f"must be {kind.replace('_', ' ')} {limit}"
-                raise UserError(f"{name}={getattr(cfg, name)}: {must}")
+def limits(cfg):
+    """UserError for the first setting beyond what its comment names; none may be negative."""
+    for name, meaning in setting_help(type(cfg)).items():
+        value, said = getattr(cfg, name), re.findall(rf"({'|'.join(LIMITS)}) ([\d.]+)", meaning)
+        for kind, limit in [("at least", "0"), *said] if isinstance(value, (int, float)) else ():
+            if not LIMITS[kind](value, float(limit)):  # NaN is beyond every limit
+                raise UserError(f"{name}={value}: must be {kind} {limit}")
 
 
 def load_symbol(place: str, what: str):
@@ -99,18 +95,13 @@ def load_symbol(place: str, what: str):
             spec.loader.exec_module(sys.modules[key])
         except Exception as error:
             del sys.modules[key]
-            frames = traceback.extract_tb(error.__traceback__)
-            here = [frame.lineno for frame in frames if frame.filename == str(path)]
-            line = here[-1] if here else getattr(error, "lineno", "?")  # no frame: a SyntaxError
+            at = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+            line = at[-1].lineno if at else getattr(error, "lineno", "?")  # none: a SyntaxError
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(f"{what}={place}: {file}, line {line}: {reason}") from error
     if not name or not hasattr(sys.modules[key], name):
-        how = f"write it as {file}:NAME with a NAME that the file defines"
-        raise UserError(f"{what}={place}: {how}")
+        raise UserError(f"{what}={place}: write {file}:NAME with a NAME that the file defines")
     return getattr(sys.modules[key], name)
-
-
-# ---------------------------------------------------------------- ranks
 
 
 class World:
@@ -124,53 +115,52 @@ class World:
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             command = f"torchrun --nproc_per_node=3 {os.path.basename(sys.argv[0])}"
             raise UserError(f"torchrun makes the ranks, so type: {command}")
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.local_rank = int(os.environ["LOCAL_RANK"])
-        if (num_generators or 0) < 0 or tensor_parallel_size < 1:
-            raise UserError("num_generators must be at least 0, tensor_parallel_size at least 1")
+        names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+        self.rank, self.size, self.local_rank = (int(os.environ[name]) for name in names)
         if num_generators == 1 and self.size == 1:
             num_generators = 0
-        first_trainer = num_generators or 0
-        if first_trainer >= self.size:
-            raise UserError(
-                f"num_generators={first_trainer} leaves no rank to train: there are {self.size}"
-            )
-        if num_generators and num_generators % tensor_parallel_size:
-            sizes = f"num_generators={num_generators}, tensor_parallel_size={tensor_parallel_size}"
-            raise UserError(
-                f"{sizes}: tensor_parallel_size ranks make an engine, and must divide the former"
-            )
-        if num_generators == 0 and tensor_parallel_size > 1:
-            raise UserError(
-                "tensor_parallel_size above 1 needs ranks of its own: set num_generators as well"
-            )
+        first, t = num_generators or 0, tensor_parallel_size
+        trainers = self.trainer_ranks = list(range(first, self.size))
+        shard, left = divmod(len(trainers), max(trainer_replicas, 1))
+        for wrong, why in (
+            (
+                first < 0 or t < 1,
+                f"{num_generators=} must be at least 0, {tensor_parallel_size=} 1",
+            ),
+            (not trainers, f"{num_generators=} leaves no rank to train: there are {self.size}"),
+            (
+                t > 1 and not first,
+                f"{tensor_parallel_size=} needs ranks of its own: num_generators",
+            ),
+            (
+                t > 1 and first % t,
+                f"{num_generators=}: {tensor_parallel_size=} ranks make an engine",
+            ),
+            (
+                trainer_replicas < 1 or left,
+                f"{trainer_replicas=} must divide the {len(trainers)} trainers",
+            ),
+        ):
+            if wrong:
+                raise UserError(why)
+        self.first_trainer, self.num_trainers = first, len(trainers)
         self.colocated = num_generators == 0
-        trainers = self.trainer_ranks = list(range(first_trainer, self.size))
-        self.first_trainer, self.num_trainers = first_trainer, len(trainers)
-        shard, left = divmod(self.num_trainers, max(trainer_replicas, 1))
-        if trainer_replicas < 1 or left:
-            raise UserError(
-                f"trainer_replicas={trainer_replicas} must divide the {self.num_trainers} trainers"
-            )
         # Consecutive ranks hold the shards of one copy of the model, so they can be of one node.
         self.shards = [trainers[i : i + shard] for i in range(0, len(trainers), shard)]
-        self.trains, self.writes = self.rank >= first_trainer, self.rank == first_trainer
-        self.trainer_index = self.rank - first_trainer
-        generators = trainers if self.colocated else list(range(first_trainer))
-        self.generator_ranks = generators  # none in sft.py
-        self.generates = self.rank in self.generator_ranks
+        self.trains, self.writes = self.rank >= first, self.rank == first
+        self.trainer_index = self.rank - first
+        generators = trainers if self.colocated else list(range(first))  # none in sft.py
+        self.generator_ranks, self.generates = generators, self.rank in generators
         # An engine is a block of ranks that step together; only its first rank speaks for it.
-        t = tensor_parallel_size
         self.engines = [generators[i : i + t] for i in range(0, len(generators), t)]
         self.engine_ranks = next((e for e in self.engines if self.rank in e), [])
         self.engine = self.engines.index(self.engine_ranks) if self.engine_ranks else -1
-        # Who brings rows to `gather`: the first rank of each engine; without engines the first
-        # trainer.
+        # Who brings rows to `gather`; without engines the first trainer.
         alone = self.writes and num_generators is None
         self.leads = self.rank == self.engine_ranks[0] if self.engine_ranks else alone
+        roles = ["generator"] * first + ["trainer"] * len(trainers)
+        HEART.names = [f"rank {r} ({role})" for r, role in enumerate(roles)]
 
-        does = ["generator" if r < first_trainer else "trainer" for r in range(self.size)]
-        HEART.names = [f"rank {r} ({what})" for r, what in enumerate(does)]
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", self.local_rank) if self.cuda else torch.device("cpu")
         self.stopping = False  # a signal came: finish what must not be torn, save, leave
@@ -191,16 +181,15 @@ class World:
             if self.colocated:  # freed memory goes back page by page: a waking engine needs it
                 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
             torch.cuda.set_device(self.device)
-        backend, device_backend, who = "gloo", "gloo", {}
-        if self.cuda:
-            backend, device_backend = "cpu:gloo,cuda:nccl", "nccl"
-        if self.size == int(os.environ["LOCAL_WORLD_SIZE"]):  # one node: nobody else listens in
+        device_backend, who = "nccl" if self.cuda else "gloo", {}
+        if self.size == len(HEART.local):  # one node: nobody else listens in
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 os.environ.setdefault(name, "lo")
         if self.store:  # which outlives a restart, with the addresses of ranks that died
             who = {"store": dist.PrefixStore(HEART.key("torch"), connect_store(LONG))}
             who |= {"rank": self.rank, "world_size": self.size}
         # No device_id: an eagerly bound NCCL splits communicators, which takes every rank.
+        backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
         dist.init_process_group(backend, timeout=LONG, **who)
         self.store = self.store or dist.distributed_c10d._get_default_store()
 
@@ -248,7 +237,7 @@ class World:
     def writing(self) -> bool:
         """Whether something is being written that a signal should not cut short."""
         write = self.write  # once: the main thread may put None there meanwhile
-        return self.phase in ("save", "export") or bool(write and not write.done())
+        return HEART.phase in ("save", "export") or bool(write and not write.done())
 
     def has_failed(self) -> bool:
         """Whether some rank has said that it failed; False too if the store is gone."""
@@ -260,26 +249,19 @@ class World:
         """The time since the last lap or border of a phase was spent on `name`, else on the phase:
         each second stands once in `clock`.
         """
-        now, name = time.monotonic() + self.since_epoch, name or self.phase
+        now, name = time.monotonic() + self.since_epoch, name or HEART.phase
         self.clock[name] = self.clock.get(name, 0.0) + now - self.border
         self.border, HEART.moved = now, True
-
-    @property
-    def phase(self) -> str:
-        return HEART.phase
-
-    @phase.setter
-    def phase(self, name: str):
-        HEART.enter(name)
 
     @contextlib.contextmanager
     def span(self, name: str):
         """A phase, for `clock` (less the phases inside it) and the spans that become trace.json."""
         self.lap()
-        before, self.phase, start = self.phase, name, self.border
+        before, start = HEART.phase, self.border
+        HEART.enter(name)
         yield
         self.lap()
-        self.phase = before  # not after an exception: its message names the phase it happened in
+        HEART.enter(before)  # not after an exception: its message names the phase it happened in
         self.spans.append((name, start, self.border))
 
     def close(self):
@@ -287,14 +269,6 @@ class World:
         if dist.is_initialized():
             dist.barrier(group=self.control)
             dist.destroy_process_group()
-
-
-def make_world(cfg) -> World:
-    names = ("num_generators", "tensor_parallel_size", "trainer_replicas")
-    return World(**{name: getattr(cfg, name) for name in names if hasattr(cfg, name)})
-
-
-# ---------------------------------------------------------------- start and end
 
 
 def watch(world: World, run: Run):
@@ -316,8 +290,8 @@ def watch(world: World, run: Run):
             HEART.say(dead)
         HEART.exit()
 
-    limits = dict.fromkeys(("start", "the loop", "build engine"), run.cfg.start_seconds)
-    limits |= dict.fromkeys(("save", "export"), run.cfg.save_seconds)
+    slow = ("start", "the loop", "build engine", "save", "export")
+    limits = dict.fromkeys(slow, run.cfg.start_seconds)
     HEART.limit = lambda phase: limits.get(phase, run.cfg.stuck_seconds)
     HEART.logs, HEART.screen, HEART.told_to_stop = run.log_file.parent, run.screen, stop
 
@@ -332,7 +306,8 @@ def launch(main, config_class, check):
     world = run = None
     try:
         cfg = settings(config_class, sys.argv[1:])
-        world = make_world(cfg)
+        names = ("num_generators", "tensor_parallel_size", "trainer_replicas")
+        world = World(**{name: getattr(cfg, name) for name in names if hasattr(cfg, name)})
         check(cfg, world)
         if cfg.resume not in ("no", "auto") and not is_checkpoint(pathlib.Path(cfg.resume)):
             raise UserError(f"resume={cfg.resume}: not a checkpoint; give its folder, auto or no")
@@ -363,7 +338,7 @@ def say_what_failed(error: BaseException, world: World, run: Run | None):
     """
     traceback.print_exc()
     what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    line, dead = HEART.line(world.rank, world.phase, what.splitlines()[0]), ""
+    line, dead = HEART.line(world.rank, HEART.phase, what.splitlines()[0]), ""
     echo = re.search(r"gloo|nccl|connection|peer", what, re.IGNORECASE)
     end = time.monotonic() + (2 if len(HEART.local) == world.size else 25) * bool(echo)
     while time.monotonic() < end and not dead and not world.has_failed():

@@ -38,19 +38,19 @@ class Config:
     data: str = ""  # file, folder or hub name; empty: the demonstrations of `task`
     task: str = "calculator"  # whose demonstrations
     task_data: str = ""  # folder, file or hub name for tasks that read data
-    rows_per_step: int = 64  # examples in a batch
-    max_tokens: int = 64  # longer examples are left out and counted
+    rows_per_step: int = 64  # examples in a batch; at least 1
+    max_tokens: int = 64  # longer examples are left out and counted; at least 2
     # how
     trainer_replicas: int = 1  # copies of the model (HSDP); each is sharded over trainers / copies
     lr: float = 2e-3  # peak learning rate
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
-    lr_min_ratio: float = 0.0  # share of the peak at the last step
+    lr_min_ratio: float = 0.0  # share of the peak at the last step; at most 1
     warmup_steps: int = 20  # of linear warm-up
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.98  # AdamW
+    beta1: float = 0.9  # AdamW; below 1
+    beta2: float = 0.98  # AdamW; below 1
     weight_decay: float = 0.01  # AdamW
     max_grad_norm: float = 1.0  # the gradient is clipped to this norm; 0: not
-    tokens_per_microbatch: int = 4096  # packed tokens of one forward and backward
+    tokens_per_microbatch: int = 4096  # packed tokens of one forward and backward; at least 1
     head_chunk: int = 4096  # words of the vocabulary whose logits exist at once; 0: all
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute in backward
     compile: bool = False  # torch.compile each layer
@@ -61,19 +61,15 @@ class Config:
     save_minutes: float = 0.0  # minutes between checkpoints, besides; 0: by steps alone
     keep_checkpoints: int = 2  # newest ones that stay, besides the best; 0: all
     max_skipped: int = 2  # updates in a row that a gradient of NaN or infinity may cost
-    start_seconds: float = 3600.0  # until a rank is ready: downloads, loading, the engine
-    stuck_seconds: float = 900.0  # of one engine step, micro-batch or exchange: longer is a fault
-    save_seconds: float = 3600.0  # of a checkpoint's or export's writing
+    start_seconds: float = 3600.0  # most that a start, save or export may take; above 0
+    stuck_seconds: float = 900.0  # most that an engine step or micro-batch may take; above 0
     stop_seconds: float = 8.0  # a step longer than this is cut short by Ctrl-C, unsaved
     resume: str = "no"  # no, auto (newest checkpoint of run_dir), or a checkpoint's folder
 
 
 def check(cfg: Config, world):
     """Settings that cannot work together: one sentence, before anything is loaded."""
-    least = {"rows_per_step": 1, "max_tokens": 2, "tokens_per_microbatch": 1}
-    above = dict.fromkeys(("start_seconds", "stuck_seconds", "save_seconds"), 0)
-    below = {"beta1": 1, "beta2": 1}
-    limits(cfg, at_least=least, at_most={"lr_min_ratio": 1}, above=above, below=below)
+    limits(cfg)
     if not cfg.data:
         find_task(cfg.task)
     cfg.model = cfg.model.removeprefix("hf://")

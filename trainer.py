@@ -108,9 +108,9 @@ class Trainer:
                     logprobs, entropy = self.policy(pack)
                     loss, parts = loss_fn(logprobs, rows, cfg)
                     (loss / count).backward()
-                    parts |= {"entropy": (entropy * rows.weight[:, None]).sum()}
-                    parts |= {"tokens": (rows.mask * rows.weight[:, None]).sum()}
-                    parts |= {"loss_sum": loss / count}
+                    weight = rows.weight[:, None]
+                    parts |= {"entropy": (entropy * weight).sum(), "loss_sum": loss / count}
+                    parts |= {"tokens": (rows.mask * weight).sum()}
                     for name, value in parts.items():
                         value = value.detach().double()
                         add = torch.maximum if name.endswith("_max") else torch.add
@@ -123,8 +123,7 @@ class Trainer:
             metrics = self.reduce(sums)
             metrics["tokens"] /= epochs
             metrics["loss"] = metrics.pop("loss_sum") / (epochs * len(rollouts.plan))
-            metrics["skipped"] = norms.count(None)
-            norms = [norm for norm in norms if norm is not None]
+            metrics["skipped"], norms = norms.count(None), [n for n in norms if n is not None]
             metrics["grad_norm"] = sum(norms) / max(len(norms), 1)
             tokens = sampled_tokens(rollouts.all)
             assert metrics["tokens"] == tokens, (metrics["tokens"], tokens)  # each exactly once
@@ -173,16 +172,11 @@ class Trainer:
         # Where this is 1 fused AdamW moves nothing: the host need not wait for the norm to go on.
         self.optimizer.found_inf = (~norm.isfinite()).float()
         self.optimizer.step()
-        if norm.isfinite():  # the same on every trainer
-            self.skipped = 0
-            return float(norm)
-        self.skipped += 1
+        self.skipped = 0 if norm.isfinite() else self.skipped + 1  # the same on every trainer
         if self.skipped > self.cfg.max_skipped:
             what = f"the gradient's norm is {float(norm)}, {self.skipped} times in a row"
             raise FloatingPointError(f"{what}: see samples.jsonl")
-        return None
-
-    # ------------------------------------------------------------ checkpoints
+        return None if self.skipped else float(norm)
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that training is, by name: tensors alone, for anything else would need pickle.

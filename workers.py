@@ -1,4 +1,4 @@
-"""Where the user's code runs: environments and rewards, with a time limit for each row's turn.
+"""Where the user's code runs: environments and rewards, with a time limit for each call.
 
 Plain functions run in processes: a thread that does not return could not be ended, and one that
 holds the interpreter's lock would hold up the engine. They are forked before the engine is built,
@@ -34,134 +34,113 @@ class Workers:
 
     def __init__(self, task: Task, count: int, seconds: float):
         self.task, self.seconds, self.mean, self.loop = task, seconds, PORTION, None
-        self.queue: list[tuple[Row, bool]] = []  # to be handed out
+        self.waiting: list[tuple[Row, bool]] = []  # for `answers` to hand them out
         self.jobs: dict[concurrent.futures.Future, list[Row]] = {}
         self.done = queue.SimpleQueue()  # of futures
         if any(map(inspect.iscoroutinefunction, (task.reply, *task.rewards))):
             self.loop = asyncio.new_event_loop()
             threading.Thread(target=self.loop.run_forever, daemon=True).start()
         else:
-            how = {"mp_context": multiprocessing.get_context("fork"), "initializer": begin}
-            self.pool = concurrent.futures.ProcessPoolExecutor(count, **how, initargs=(task,))
+            fork = multiprocessing.get_context("fork")
+            self.pool = concurrent.futures.ProcessPoolExecutor(count, fork, begin, (task,))
             self.pool.submit(os.getpid).result()  # forks them all
 
     def __len__(self) -> int:
-        return len(self.queue) + sum(map(len, self.jobs.values()))
+        return len(self.waiting) + sum(map(len, self.jobs.values()))
 
     def ask(self, row: Row, may_go_on: bool):
-        self.queue.append((row, may_go_on))
+        self.waiting.append((row, may_go_on))
 
-    def hand_out(self):
-        """A row that waits for a tool is alone; quick functions share a message."""
-        size = 1 if self.loop else max(1, int(PORTION / self.mean))
-        for first in range(0, len(self.queue), size):
-            part = self.queue[first : first + size]
-            if self.loop:
-                work = asyncio.wait_for(judge(self.task, *part[0], True), self.seconds)
-                future = asyncio.run_coroutine_threadsafe(work, self.loop)
-            else:
-                bare = [(Row(*row.key[1:], row.episode, row.evaluates), on) for row, on in part]
-                future = self.pool.submit(answer, bare, self.seconds)
-            self.jobs[future] = [row for row, _ in part]
-            future.add_done_callback(self.done.put)
-        self.queue = []
+    def submit(self, part: list[tuple[Row, bool]]) -> concurrent.futures.Future:
+        if self.loop:
+            work = judge(self.task, *part[0], self.seconds, self.loop)
+            return asyncio.run_coroutine_threadsafe(work, self.loop)
+        bare = [(Row(*row.key[1:], row.episode, row.evaluates), more) for row, more in part]
+        return self.pool.submit(answer, bare, self.seconds)
 
     def answers(self, wait: bool = False) -> list[tuple[Row, str | None]]:
         """(row, the environment's reply) for what has come back, None once it has its rewards; with
         `wait` for all. UserError where a call failed, or took longer than it may.
         """
-        self.hand_out()
-        out = []
+        size = 1 if self.loop else max(1, int(PORTION / self.mean))  # quick ones share a message
+        for first in range(0, len(self.waiting), size):
+            part = self.waiting[first : first + size]
+            future = self.submit(part)
+            self.jobs[future] = [row for row, _ in part]
+            future.add_done_callback(self.done.put)
+        self.waiting, out = [], []
         while self.jobs if wait else not self.done.empty():
             future = self.done.get()
             rows = self.jobs.pop(future)
             try:
                 results = future.result()
-            except TimeoutError:
-                raise too_late(rows[0], self.seconds) from None
             except concurrent.futures.process.BrokenProcessPool:
-                names = f"{rows[0].name()}, or another row that was with the task"
-                raise UserError(f"a process of the task died: see the log ({names})") from None
-            for row, (reply, rewards, state, seconds) in zip(rows, results):
-                row.rewards, row.episode.state = rewards, state
+                where = f"{rows[0].name()}, or another row that was with the task; see the log"
+                raise UserError(f"a process of the task died ({where})") from None
+            for row, (reply, row.rewards, row.episode.state, seconds) in zip(rows, results):
                 self.mean = 0.9 * self.mean + 0.1 * seconds
                 out.append((row, reply))
         return out
 
 
-# ---------------------------------------------------------------- in a process
-
-
 def begin(task: Task):
-    """What a worker is, from its fork on: it ends with its rank, however that ends."""
+    """In a worker, once: it ends with its rank, however that ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT):  # the rank decides what becomes of its rows
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # KeyboardInterrupt
     torch.set_num_threads(1)  # OpenMP's threads did not come along
     answer.task = task
 
 
-class Late(BaseException):
-    """Not an Exception: the user's code may catch those."""
-
-
-def late(*_):
-    raise Late
-
-
-def too_late(row: Row, seconds: float) -> UserError:
-    return UserError(f"the task took longer than task_seconds={seconds:g} ({describe(row)})")
-
-
 def answer(rows: list[tuple[Row, bool]], seconds: float) -> list[tuple]:
+    """In a worker: what `judge` says of each row."""
     # Of a call that no signal interrupts the log gets the stack, and the process ends.
-    faulthandler.dump_traceback_later((seconds + 5) * len(rows), exit=True)
+    calls = len(rows) * (1 + len(answer.task.rewards))
+    faulthandler.dump_traceback_later((seconds + 1) * calls, exit=True)
     out = []
     for row, may_go_on in rows:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
-            judge(answer.task, row, may_go_on, False).send(None)
+            judge(answer.task, row, may_go_on, seconds).send(None)
         except StopIteration as end:  # nothing in it waits, so one step is all
             out += end.value
-        except Late:
-            raise too_late(row, seconds) from None
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
     faulthandler.cancel_dump_traceback_later()
     return out
 
 
-# ---------------------------------------------------------------- a row
-
-
-async def judge(task: Task, row: Row, may_go_on: bool, threads: bool) -> list[tuple]:
+async def judge(task: Task, row: Row, may_go_on: bool, seconds: float, loop=None) -> list[tuple]:
     """[(reply, rewards, what the environment remembers, seconds)]; the reply is None once there are
     rewards.
     """
     start, reply, rewards = time.perf_counter(), None, {}
     if may_go_on:
-        reply = await guarded(task.reply, row, threads)
-    if reply is None:
-        for function in task.rewards:
-            value, name = await guarded(function, row, threads), reward_name(function)
-            if not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise UserError(f"{name} returned {value!r} as a reward ({describe(row)})")
-            rewards[name] = float(value)
+        reply = await guarded(task.reply, row, seconds, loop)
+    for function in task.rewards if reply is None else ():
+        value, name = await guarded(function, row, seconds, loop), reward_name(function)
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise UserError(f"{name} returned {value!r} as a reward ({row.name()})")
+        rewards[name] = float(value)
     return [(reply, rewards, row.episode.state, time.perf_counter() - start)]
 
 
-async def guarded(function, row: Row, threads: bool):
+async def guarded(function, row: Row, seconds: float, loop):
     """Call the user's function; what it raises becomes one sentence that names it and the row."""
+    limit, name = asyncio.timeout(seconds), reward_name(function)
     try:
-        if inspect.iscoroutinefunction(function):
-            return await function(row.episode)
-        return await asyncio.to_thread(function, row.episode) if threads else function(row.episode)
-    except Exception as error:
+        if loop:
+            asks = inspect.iscoroutinefunction(function)
+            async with limit:
+                return await (
+                    function(row.episode) if asks else asyncio.to_thread(function, row.episode)
+                )
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        return function(row.episode)
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt) or loop and limit.expired():
+            what = f"task_seconds={seconds:g}"
+            raise UserError(f"{name} took longer than {what} ({row.name()})") from None
         what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{reward_name(function)} raised {what} ({describe(row)})") from error
-
-
-def describe(row: Row) -> str:
-    return f"{row.name()}, prompt {row.episode.problem['prompt'][:60]!r}"
+        raise UserError(f"{name} raised {what} ({row.name()})") from error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
