@@ -153,7 +153,7 @@ class Heartbeat:
         with contextlib.suppress(RuntimeError):
             for rank, told in ((r, self.told(r)) for r in (self.local if self.store else ())):
                 if told["phase"] != "end" and state_of(told["pid"]) in "ZX":
-                    return self.line(rank, told["phase"], "it was killed")
+                    return self.line(rank, told["phase"], "it died")
         return ""
 
     def fail(self, rank: int, what: str, told: dict | None = None):

@@ -239,8 +239,10 @@ class Run:
             line = {"step": version, "eval_reward": mean, "eval_stderr": spread / of**0.5}
             self.append("metrics.jsonl", {**line, "eval_rows": of})
 
-    def finish(self):
-        """The bar's end, the curves, and the table that a person reads: once, whoever asks."""
+    def finish(self, says: bool = True):
+        """The bar's end, the curves, and the table that a person reads: once, whoever asks. Where
+        another rank's failure has been said, that is the last line.
+        """
         with self.finishing:
             if not self.world.writes or not self.rows or self.finished:
                 return
@@ -248,9 +250,10 @@ class Run:
             if self.bar is not None:
                 self.bar.close()
                 self.bar = None
-            spent = self.tokens, time.time() - self.started
-            self.say(report.end_table(self.folder, self.rows, self.evals, *spent))
             report.curves(self.folder)
+            if says:
+                spent = self.tokens, time.time() - self.started
+                self.say(report.end_table(self.folder, self.rows, self.evals, *spent))
 
 
 def is_checkpoint(folder: pathlib.Path) -> bool:

@@ -283,11 +283,12 @@ def watch(world: World, run: Run):
         world.stopping, end = True, time.monotonic() + run.cfg.stop_seconds
         while not (dead := HEART.dead()) and not world.has_failed():
             if time.monotonic() > end and not world.writing():
-                run.finish()
-                HEART.exit()
+                break
             time.sleep(0.1)
         if dead:  # that is why torchrun tells this rank to stop
             HEART.say(dead)
+        with contextlib.suppress(Exception):
+            run.finish(says=not world.has_failed())
         HEART.exit()
 
     slow = ("start", "the loop", "build engine", "save", "export")
@@ -344,7 +345,7 @@ def say_what_failed(error: BaseException, world: World, run: Run | None):
     while time.monotonic() < end and not dead and not world.has_failed():
         time.sleep(0.1)
         dead = HEART.dead()
-    if run and not world.has_failed():
+    if run:
         with contextlib.suppress(Exception):
-            run.finish()
+            run.finish(says=not world.has_failed())
     HEART.say(dead or line)

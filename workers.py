@@ -126,21 +126,18 @@ async def judge(task: Task, row: Row, may_go_on: bool, seconds: float, loop=None
 
 async def guarded(function, row: Row, seconds: float, loop):
     """Call the user's function; what it raises becomes one sentence that names it and the row."""
-    limit, name = asyncio.timeout(seconds), reward_name(function)
+    name, limit, asks = reward_name(function), None, inspect.iscoroutinefunction(function)
     try:
         if loop:
-            asks = inspect.iscoroutinefunction(function)
-            async with limit:
-                return await (
-                    function(row.episode) if asks else asyncio.to_thread(function, row.episode)
-                )
+            async with asyncio.timeout(seconds) as limit:
+                work = function(row.episode) if asks else asyncio.to_thread(function, row.episode)
+                return await work
         signal.setitimer(signal.ITIMER_REAL, seconds)
         return function(row.episode)
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, KeyboardInterrupt) or loop and limit.expired():
-            what = f"task_seconds={seconds:g}"
-            raise UserError(f"{name} took longer than {what} ({row.name()})") from None
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{name} raised {what} ({row.name()})") from error
+        what = f"raised {type(error).__name__}: {error}"
+        if isinstance(error, KeyboardInterrupt) or limit and limit.expired():
+            what = f"took longer than task_seconds={seconds:g}"
+        raise UserError(f"{name} {what} ({row.name()})") from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -23,6 +24,43 @@ os.environ |= {
 def pytest_addoption(parser):
     meaning = "also the long matrices: topologies, learning"
     parser.addoption("--long", action="store_true", help=meaning)
+    parser.addoption("--matrix", default="", help="file for the matrix of faults")
+
+
+ROWS = []  # of the matrix of faults
+
+
+@pytest.fixture
+def matrix():
+    """Add a row: fault, who, phase, seconds until every rank is gone, exit code, what is said."""
+
+    def add(fault, who, phase, seconds, code, line):
+        line = re.sub(r"\(log: .*/(log/rank\d+.log)\)", r"(log: \1)", line)
+        time = "" if seconds is None else f"{seconds:.1f} s"
+        ROWS.append(f"| {fault} | {who} | {phase} | {time} | {code} | {line} |")
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if ROWS:
+        head = ["| fault | who | phase | all gone after | exit code | our last line |"]
+        head.append("|---|---|---|---|---|---|")
+        table = "\n".join([*head, *ROWS])
+        terminalreporter.write_line(table)
+        if config.getoption("--matrix"):
+            pathlib.Path(config.getoption("--matrix")).write_text(table + "\n")
+
+
+def judge(task, row, may_go_on):
+    """As a worker does, here: the environment's reply, None once the row has its rewards."""
+    import workers
+
+    try:
+        workers.judge(task, row, may_go_on, 60).send(None)
+    except StopIteration as end:
+        [(reply, row.rewards, row.episode.state, _)] = end.value
+        return reply
 
 
 def pytest_configure(config):
@@ -112,6 +150,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def world(monkeypatch):
     """A world of one trainer, connected."""
+    from heartbeat import HEART
     from runtime import World
 
     env = dict(TORCHELASTIC_RUN_ID="x", RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
@@ -120,5 +159,6 @@ def world(monkeypatch):
         monkeypatch.setenv(name, str(value))
     world = World(None)
     world.connect()
+    monkeypatch.setattr(HEART, "store", world.store)
     yield world
     world.close()

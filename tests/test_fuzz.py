@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, logs, run
+from conftest import ROOT, judge, logs, run
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as effort
 from test_runs import good, learned
@@ -21,7 +21,7 @@ import sft
 import tasks
 from data import Examples
 from examples.calculator import Calculator
-from generator import Generator, eos_tokens, judge
+from generator import Generator, eos_tokens
 from runtime import UserError, World, settings
 
 few = effort(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -179,7 +179,9 @@ def test_prompts_of_no_and_of_100_000_tokens(tmp_path):
     assert [e["prompt"] for e in made.task.train] == ["1+1="] * 3
     assert "left out 2 of 5 train prompts" in made.told["notes"][0]
     made.task.train = odd
-    with pytest.raises(UserError, match="every train prompt is longer than .* or empty"):
+    with pytest.raises(
+        UserError, match="left out all of 2 train prompts: over max_prompt_tokens=32"
+    ):
         made.prepare_prompts()
 
 

@@ -1,20 +1,25 @@
 """The generator without its engine: how replies end, what they earn, how long they may take."""
 
-import concurrent.futures
+import asyncio
 import functools
+import os
+import re
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import numpy
 import pytest
-from conftest import ROOT
+from conftest import ROOT, judge
 from transformers import AutoTokenizer
 
 from examples.calculator import Calculator
-from generator import Generator, judge
+from generator import Generator
 from rollouts import Row
 from runtime import UserError
-from tasks import Episode
+from tasks import Episode, Task
+from workers import PORTION, Workers
 
 EOS = 2
 
@@ -64,17 +69,16 @@ def test_judge_goes_on_or_rewards(calculator):
 @pytest.fixture
 def make():
     """settings, task -> a generator without an engine, with one worker for its task."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
 
-        def make(task, **settings):
-            usual = dict(deterministic=True, task_seconds=0.5, group_size=1, max_refills=0)
-            cfg = SimpleNamespace(dtype="auto", **{**usual, **settings})
-            made = Generator(cfg, SimpleNamespace(generates=False, cuda=False), task, None)
-            made.jobs, made.rows, made.groups, made.complete = {}, {}, {}, {}
-            made.open, made.pool = {3: cfg.group_size}, pool
-            return made
+    def make(task, **settings):
+        usual = dict(deterministic=True, task_seconds=0.5, group_size=1, max_refills=0)
+        cfg = SimpleNamespace(dtype="auto", **{**usual, **settings})
+        made = Generator(cfg, SimpleNamespace(generates=False, cuda=False), task, None)
+        made.rows, made.groups, made.complete = {}, {}, {}
+        made.open, made.workers = {3: cfg.group_size}, Workers(task, 1, cfg.task_seconds)
+        return made
 
-        yield make
+    return make
 
 
 @pytest.mark.parametrize(
@@ -93,7 +97,7 @@ def test_finished_is_ended_by_itself(make, calculator, text, reason, turn, finis
     tokens = made.encode(text)
     reply.turn, made.rows["a"] = turn, reply
     made.turn_ended("a", tokens, [-1.0] * len(tokens), reason)
-    while made.jobs:
+    while len(made.workers):
         made.apply_jobs()
     assert made.complete[3] == [reply] and reply.finished == finished
 
@@ -103,22 +107,134 @@ def slow(episode):
     return 1.0
 
 
-def test_deterministic_waits_for_every_row(make):
+async def waits(episode):
+    await asyncio.sleep(0.3)
+    return 1.0
+
+
+def task_of(*rewards, reply=None):
+    task = Task(None)
+    task.rewards, task.reply = list(rewards), reply or task.reply
+    return task
+
+
+@pytest.mark.parametrize("reward", [slow, waits])
+def test_deterministic_waits_for_every_row(make, reward):
     """Even for those that wait in the queue longer than the limit, which is each row's own."""
-    made = make(SimpleNamespace(rewards=[slow]), task_seconds=0.5, group_size=5)
+    made = make(task_of(reward), task_seconds=0.5, group_size=5)
     for _ in range(5):
-        made.ask(row("#5"), may_go_on=False)
+        made.workers.ask(row("#5"), may_go_on=False)
     made.apply_jobs()
-    assert len(made.complete[3]) == 5 and not made.jobs and made.open == {3: 0}
+    assert len(made.complete[3]) == 5 and not len(made.workers) and made.open == {3: 0}
 
 
-def test_a_row_over_the_time_limit_is_named(make):
-    made = make(SimpleNamespace(rewards=[slow]), task_seconds=0.01)
-    made.ask(row("#5"), may_go_on=False)
-    with pytest.raises(UserError, match="longer than task_seconds=0.01 .step 3, slot 4, reply 5"):
-        for _ in range(20):
-            time.sleep(0.01)
-            made.check_time()
+def stuck(episode):
+    return float(re.match("(a+)+$", "a" * 64 + "b") is None)  # holds the interpreter's lock
+
+
+def catches(episode):
+    while True:
+        try:
+            time.sleep(60)
+        except Exception:
+            pass
+
+
+async def asks(episode):
+    await asyncio.sleep(60)
+
+
+def ends(episode):
+    os._exit(3)
+
+
+@pytest.mark.parametrize(
+    ("reward", "sentence"),
+    [
+        (stuck, "stuck took longer than task_seconds=0.3"),
+        (catches, "catches took longer than task_seconds=0.3"),
+        (asks, "asks took longer than task_seconds=0.3"),
+        (ends, "a process of the task died"),
+    ],
+)
+def test_a_call_that_never_returns_or_ends_its_process_is_named(reward, sentence):
+    workers, start = Workers(task_of(reward), 1, seconds=0.3), time.monotonic()
+    workers.ask(row("#5"), False)
+    with pytest.raises(UserError, match=f"{sentence}.*step 3, slot 4, reply 5, prompt '1"):
+        workers.answers(wait=True)
+    assert time.monotonic() - start < 2
+
+
+def remembers(episode):
+    episode.state["calls"] = episode.state.get("calls", 0) + 1
+    return f"{os.getpid()}" if episode.state["calls"] < 3 else None
+
+
+def test_an_environment_remembers_and_is_elsewhere():
+    task = task_of(lambda e: e.state["calls"], reply=remembers)
+    workers, asked, said = Workers(task, 2, seconds=5), row("#5"), []
+    for _ in range(3):
+        workers.ask(asked, True)
+        said += [reply for _, reply in workers.answers(wait=True)]
+    assert said[2] is None and str(os.getpid()) not in said[:2]
+    assert asked.rewards == {"<lambda>": 3.0} and asked.episode.state == {"calls": 3}
+
+
+def test_fast_jobs_travel_together_and_slow_ones_alone():
+    workers = Workers(task_of(lambda e: 1.0), 4, seconds=5)
+    for portion, most in ((100 * PORTION, 1), (PORTION / 50, 50)):
+        workers.mean = portion  # seconds that a call took of late
+        for _ in range(100):
+            workers.ask(row("#5"), False)
+        workers.answers()
+        left = [len(rows) for rows in workers.jobs.values()]
+        assert max(left, default=most) == most
+        workers.answers(wait=True)
+
+
+def test_a_thousand_episodes_wait_for_their_tools_at_once():
+    """`async` functions are awaited together; a plain reward beside them is called too."""
+
+    async def tool(episode):
+        await asyncio.sleep(0.5)
+        return "=2" if len(episode.turns) < 2 else None
+
+    workers = Workers(task_of(lambda e: float(len(e.turns)), reply=tool), 1, seconds=5)
+    rows, start = [row("[1*2]") for _ in range(1000)], time.monotonic()
+    for each in rows:
+        workers.ask(each, True)
+    assert [reply for _, reply in workers.answers(wait=True)] == ["=2"] * 1000
+    assert time.monotonic() - start < 5  # one after the other would be 500
+    rows[0].episode.turns.append("=2")
+    workers.ask(rows[0], True)
+    assert workers.answers(wait=True) == [(rows[0], None)] and rows[0].rewards == {"<lambda>": 2.0}
+
+
+ORPHANS = """
+import os, time
+from rollouts import Row
+from tasks import Episode, Task
+from workers import Workers
+task = Task(None)
+task.rewards = [lambda episode: time.sleep(60)]
+workers = Workers(task, 3, 60)
+for reply in range(3):  # a busy one does not see that its wire has ended
+    workers.ask(Row(0, 0, 0, reply, Episode({"prompt": ""})), False)
+workers.answers()
+print(open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read(), flush=True)
+time.sleep(0.5)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_workers_end_with_their_rank():
+    done = subprocess.run([sys.executable, "-c", ORPHANS], cwd=ROOT, capture_output=True, text=True)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 3 and done.returncode == -9, done.stderr
+    deadline = time.monotonic() + 3
+    while time.monotonic() < deadline and any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        time.sleep(0.05)
+    assert not any(os.path.exists(f"/proc/{pid}/exe") for pid in pids)
 
 
 def test_what_every_engine_would_say_is_said_once():

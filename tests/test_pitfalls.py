@@ -4,7 +4,6 @@ Each fails when its pitfall is put back: `python tests/mutate.py` does that, MUT
 printed.
 """
 
-import concurrent.futures
 import functools
 import json
 import math
@@ -28,6 +27,7 @@ from report import load_rollouts
 from rollouts import Rollouts, from_rows
 from runtime import UserError, World
 from trainer import Trainer
+from workers import Workers
 
 SPLIT_TOLERANCE = 1e-12  # of the gradient's norm, in float64
 
@@ -136,21 +136,19 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.fixture
 def make_generator():
     """A rank's generator without its engine: what comes out of one is handed to `turn_ended`."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
 
-        def make(task, tokenizer, **values) -> Generator:
-            cfg = settings(str(ROOT / "assets/calculator"), deterministic=True, **values)
-            world = SimpleNamespace(
-                generates=False, cuda=False, engine=0, leads=True, engines=[[0]]
-            )
-            made = Generator(cfg, world, task, tokenizer, version=1)
-            made.rows, made.jobs, made.groups, made.complete = {}, {}, {}, {}
-            made.refills, made.open, made.queue, made.pool = {}, {}, [], pool
-            made.told = {"notes": [], "evals": []}
-            made.prepare_prompts()
-            return made
+    def make(task, tokenizer, **values) -> Generator:
+        cfg = settings(str(ROOT / "assets/calculator"), deterministic=True, **values)
+        world = SimpleNamespace(generates=False, cuda=False, engine=0, leads=True, engines=[[0]])
+        made = Generator(cfg, world, task, tokenizer, version=1)
+        made.rows, made.groups, made.complete = {}, {}, {}
+        made.refills, made.open, made.queue = {}, {}, []
+        made.workers = Workers(task, 1, seconds=60)
+        made.told = {"notes": [], "evals": []}
+        made.prepare_prompts()
+        return made
 
-        yield make
+    return make
 
 
 def few_problems(**values):
@@ -306,7 +304,7 @@ def test_09_trainer_has_the_temperature_of_the_sampling(tiny, world, request):
 def test_10_filtered_sampling_is_refused(make_generator, world):
     """top-p and top-k renormalise what is sampled, so that the ratio's mean is the kept mass."""
     for top_p in (0.9, 0.0, 1.1):
-        with pytest.raises(UserError, match="training needs 1.0"):
+        with pytest.raises(UserError, match="must be 1"):
             grpo.check(settings(top_p=top_p), world)
     generator = make_generator(few_problems(), calculator_tokenizer())
     generator.start_group(0, 0, attempt=0)

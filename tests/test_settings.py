@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 import grpo
 import sft
-from runtime import UserError, World, load_symbol, make_world, settings
+from runtime import UserError, World, load_symbol, settings
 
 MODEL = f"--model={ROOT}/assets/calculator"
 
@@ -32,7 +32,8 @@ def ranks(monkeypatch):
 
 def start(*argv, script=grpo):
     cfg = settings(script.Config, [MODEL, *argv])
-    world = make_world(cfg)
+    names = ("num_generators", "tensor_parallel_size", "trainer_replicas")
+    world = World(**{name: getattr(cfg, name) for name in names if hasattr(cfg, name)})
     script.check(cfg, world)
     return cfg, world
 
@@ -47,7 +48,7 @@ def start(*argv, script=grpo):
         (["--loss=gpo"], "loss"),
         (["--deterministic=perhaps"], "deterministic"),
         (["--config=missing.yaml"], "missing.yaml"),
-        (["--top_p=0.9"], "top_p=0.9: training needs 1.0"),
+        (["--top_p=0.9"], "top_p=0.9: must be 1"),
         (["--temperature=0"], "temperature=0.0"),
         (["--group_size=1"], "group_size=1"),
         (["--prompts_per_step=0"], "prompts_per_step=0"),
@@ -70,7 +71,7 @@ def start(*argv, script=grpo):
         (["--max_skipped=-1"], "max_skipped=-1: must be at least 0"),
         (["--save_minutes=-1"], "save_minutes=-1.0: must be at least 0"),
         (["--correction=mask"], "add --old_policy=trainer"),
-        (["--minibatches=17"], "minibatches=17: prompts_per_step=16 is the most"),
+        (["--minibatches=17"], "minibatches=17: at most prompts_per_step=16"),
         (["--correction_cap=0.5"], "correction_cap=0.5: must be at least 1"),
         (["--sapo_tau_negative=0"], "sapo_tau_negative=0.0: must be above 0"),
         (["--kl_coef=0.1", "--reference=/nowhere"], "model=/nowhere: no model there"),
@@ -79,9 +80,12 @@ def start(*argv, script=grpo):
         (["--num_generators=3"], "num_generators=3 leaves no rank to train"),
         (
             ["--num_generators=2", "--tensor_parallel_size=4"],
-            "tensor_parallel_size ranks make an engine",
+            "tensor_parallel_size=4 ranks make an engine",
         ),
-        (["--num_generators=0", "--tensor_parallel_size=2"], "tensor_parallel_size above 1"),
+        (
+            ["--num_generators=0", "--tensor_parallel_size=2"],
+            "tensor_parallel_size=2 needs ranks of its own",
+        ),
         (["--trainer_replicas=3"], "trainer_replicas=3 must divide the 2 trainers"),
         (["--trainer_replicas=0"], "trainer_replicas=0 must divide"),
         (["--sleep=yes"], "sleep"),
@@ -169,7 +173,7 @@ def test_a_users_file_is_run_once_and_its_classes_pickle(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine.py").write_text("A = 3\n")  # a file of the same name is another file
     assert load_symbol(f"{tmp_path}/other/mine.py:A", "task") == 3
-    with pytest.raises(UserError, match="write it as .*mine.py:NAME"):
+    with pytest.raises(UserError, match="write .*mine.py:NAME"):
         load_symbol(f"{file}:C", "loss")
 
 
