@@ -250,9 +250,9 @@ class Run:
             if self.bar is not None:
                 self.bar.close()
                 self.bar = None
+            spent = self.tokens, time.time() - self.started
             report.curves(self.folder)
             if says:
-                spent = self.tokens, time.time() - self.started
                 self.say(report.end_table(self.folder, self.rows, self.evals, *spent))
 
 

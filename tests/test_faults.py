@@ -139,7 +139,7 @@ def test_at_age_1_a_resumed_run_trains_the_same_prompts(watch, tmp_path):
     watched = watch("grpo.py", 3, "--max_policy_age=1", launcher=["--max-restarts=1"])
     watched.hit(0, PHASES["generate"], signal.SIGKILL, steps=2)
     assert watched.end() == 0, watched.said()
-    from rollouts import load_rollouts
+    from report import load_rollouts
 
     for step in range(4):
         a, b = (load_rollouts(f / f"rollouts/{step}") for f in (whole, watched.folder))

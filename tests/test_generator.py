@@ -1,6 +1,7 @@
 """The generator without its engine: how replies end, what they earn, how long they may take."""
 
 import asyncio
+import contextlib
 import functools
 import os
 import re
@@ -134,10 +135,8 @@ def stuck(episode):
 
 def catches(episode):
     while True:
-        try:
+        with contextlib.suppress(Exception):
             time.sleep(60)
-        except Exception:
-            pass
 
 
 async def asks(episode):

@@ -84,7 +84,7 @@ def start(*argv, script=grpo):
         ),
         (
             ["--num_generators=0", "--tensor_parallel_size=2"],
-            "tensor_parallel_size=2 needs ranks of its own",
+            "tensor_parallel_size=2 needs",
         ),
         (["--trainer_replicas=3"], "trainer_replicas=3 must divide the 2 trainers"),
         (["--trainer_replicas=0"], "trainer_replicas=0 must divide"),
