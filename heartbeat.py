@@ -161,8 +161,8 @@ class Heartbeat:
         one leaves where it is itself at fault, or lives on without a node.
         """
         if told and rank in self.local:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(told["pid"], signal.SIGKILL)  # torchrun makes each rank a group
+            with contextlib.suppress(ProcessLookupError, KeyError):  # it has just ended by itself
+                os.killpg(pids_of(self.parent)[rank], signal.SIGKILL)  # each rank is a group
         self.say(self.line(rank, told["phase"] if told else self.phase, what))
         if not told or rank not in self.local:
             self.exit()
