@@ -4,11 +4,13 @@
 benchmarks/faults.md.
 """
 
+import os
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, logs, trace
@@ -292,39 +294,72 @@ def test_a_full_disk_during_a_save(watch, matrix, small_disk, tmp_path):
     watched.leaves_nothing()
 
 
+@pytest.fixture
+def two_nodes(tmp_path):
+    """Start two torchruns on loopback, as two nodes; nothing of them stays."""
+    made = []
+
+    def start(*launcher, steps):
+        for node in range(2):
+            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+            command += [x.replace("NODE", str(node)) for x in launcher]
+            command += [str(ROOT / "sft.py"), *SFT, f"--steps={steps}", f"--run_dir={tmp_path}/r"]
+            err = (tmp_path / f"{node}.err").open("w+")
+            env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+            made.append((subprocess.Popen(command, cwd=ROOT, stderr=err, env=env), err))
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and len(steps_of(tmp_path / "r")) < 3:
+            time.sleep(0.1)
+        return [psutil.Process(process.pid) for process, _ in made], [err for _, err in made]
+
+    yield start
+    for process, _ in made:
+        for child in (
+            psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ()
+        ):
+            child.kill()
+        process.kill()
+        process.wait()
+
+
+def steps_of(folder):
+    path = folder / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@long
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_restart_over_two_nodes(two_nodes, matrix, sft, tmp_path, node):
+    """Nodes count their restarts each for itself; all ranks go back to the last checkpoint."""
+    launcher = ["--nproc_per_node=1", "--max_restarts=3", "--rdzv_id=x", "--rdzv_backend=c10d"]
+    launcher += [f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1"]
+    agents, _ = two_nodes(*launcher, steps=30)
+    [victim] = agents[node].children()
+    victim.kill()
+    codes = [agent.wait(240) for agent in agents]
+    matrix(
+        "kill -9, two nodes, --max-restarts=3", f"rank {node}", "any", None, max(codes), "goes on"
+    )
+    assert codes == [0, 0] and (tmp_path / "r/model/model.safetensors").exists()
+    assert [x["step"] for x in learned(tmp_path / "r")] == list(range(30))
+
+
 @long
 @pytest.mark.parametrize(("lost", "how"), [(1, "kill"), (0, "kill"), (1, "stop")])
-def test_a_lost_node(tmp_path, matrix, lost, how):
-    """Two agents on loopback; one and all its ranks are killed, or fall silent."""
-    import psutil
-
-    port, nodes = free_port(), []
-    for node in range(2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
-        command += ["--nproc_per_node=2", f"--node_rank={node}", "--master_addr=127.0.0.1"]
-        command += [f"--master_port={port}", str(ROOT / "sft.py"), *SFT, "--steps=100000"]
-        err = (tmp_path / f"{node}.err").open("w+")
-        command += [f"--run_dir={tmp_path}/r", "--save_every=0", "--eval_every=0"]
-        nodes.append((subprocess.Popen(command, cwd=ROOT, stderr=err), err))
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (tmp_path / "r/metrics.jsonl").exists():
-        time.sleep(0.1)
-    tree = [psutil.Process(nodes[lost][0].pid)]
-    tree += tree[0].children(recursive=True)
-    other = psutil.Process(nodes[1 - lost][0].pid).children(recursive=True)
+def test_a_lost_node(two_nodes, matrix, lost, how):
+    """One agent and all its ranks are killed, or fall silent."""
+    launcher = ["--nproc_per_node=2", "--node_rank=NODE", "--master_addr=127.0.0.1"]
+    agents, errs = two_nodes(*launcher, f"--master_port={free_port()}", steps=100_000)
+    tree = [agents[lost], *agents[lost].children(recursive=True)]
+    other = agents[1 - lost].children(recursive=True)
     for process in tree:
         process.send_signal(SIGNALS[how])
     at = time.monotonic()
-    try:
-        psutil.wait_procs(other, timeout=2 * DEADLINE)
-        seconds, code = time.monotonic() - at, nodes[1 - lost][0].wait(DEADLINE)
-        nodes[1 - lost][1].seek(0)
-        said = nodes[1 - lost][1].read()
-        ours = [x for x in said.splitlines() if x.startswith("nanoforge: ")]
-        matrix(f"a lost node ({how})", f"node {lost}", "any", seconds, code, (ours or [""])[0])
-        assert seconds < DEADLINE and code != 0 and len(ours) == 1, said
-        assert ("torchrun" if lost == 0 else f"rank {2 * lost}") in ours[0]
-    finally:
-        for process in [*tree, *other]:
-            if process.is_running():
-                process.kill()
+    psutil.wait_procs(other, timeout=2 * DEADLINE)
+    seconds, code = time.monotonic() - at, agents[1 - lost].wait(DEADLINE)
+    errs[1 - lost].seek(0)
+    said = errs[1 - lost].read()
+    ours = [x for x in said.splitlines() if x.startswith("nanoforge: ")]
+    matrix(f"a lost node ({how})", f"node {lost}", "any", seconds, code, (ours or [""])[0])
+    assert seconds < DEADLINE and code != 0 and len(ours) == 1, said
+    assert ("torchrun" if lost == 0 else f"rank {2 * lost}") in ours[0]

@@ -2,6 +2,10 @@
 that runs ahead. Skipped without one.
 """
 
+import signal
+import subprocess
+import time
+
 import pytest
 import torch
 
@@ -159,3 +163,50 @@ def test_one_gpu_sleeps_and_wakes(tiny, tmp_path):
     metrics = [x for x in lines(tmp_path / "r") if "reward" in x]
     assert len(metrics) == 3 and all(x["mismatch_kl"] < 0.01 for x in metrics)
     assert [x["step"] for x in lines(tmp_path / "r") if "eval_reward" in x] == [0, 1, 2, 3]
+
+
+def used() -> int:
+    """MiB of the first GPU that anybody holds."""
+    ask = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    return int(subprocess.run(ask, capture_output=True, text=True, check=True).stdout)
+
+
+TOO_MUCH = """
+import torch
+def mine(logprobs, rows, cfg):
+    torch.zeros(2**44, device="cuda")
+"""
+
+
+@pytest.mark.parametrize("fault", ["killed", "goes on", "trainer's memory", "engine's memory"])
+def test_a_fault_leaves_no_gpu_memory(tmp_path, fault):
+    from faults import SMALL, Watched
+
+    (tmp_path / "mine.py").write_text(TOO_MUCH)
+    before, held = used(), None
+    args = [*SMALL, "--enforce_eager=true", "--gpu_memory_utilization=0.3"]
+    if fault == "trainer's memory":
+        args.append(f"--loss={tmp_path}/mine.py:mine")
+    if fault == "engine's memory":
+        held = torch.empty(int(0.8 * torch.cuda.mem_get_info()[0]), dtype=torch.int8, device="cuda")
+    launcher = ["--max-restarts=1"] if fault == "goes on" else []
+    watched = Watched(tmp_path / "r", "grpo.py", 1, *args, launcher=launcher)
+    try:
+        if held is None and "memory" not in fault:
+            phase = {"train"} if fault == "killed" else {"collect"}
+            print(fault, watched.hit(0, phase, signal.SIGKILL, steps=2), f"{watched.gone():.1f} s")
+        code, said = watched.end(), watched.said()
+    finally:
+        watched.close()
+    del held
+    torch.cuda.empty_cache()
+    assert (code == 0) == (fault == "goes on"), said
+    if "memory" in fault:
+        where, what = ("train", "OutOfMemoryError") if "trainer" in fault else ("build engine", "")
+        assert f"rank 0 (trainer) stopped in {where}: {what}" in said
+        print(watched.last_line())
+    end = time.monotonic() + 10
+    while used() > before + 50 and time.monotonic() < end:  # the driver takes a moment
+        time.sleep(0.1)
+    assert used() <= before + 50
+    watched.leaves_nothing()
