@@ -1,9 +1,7 @@
-"""SFT: make the given replies likelier. The loop of grpo.py without a generator.
+"""SFT: make the given replies likelier. `diff sft.py grpo.py` is the lesson of what RL adds.
 
-`diff sft.py grpo.py` is the lesson of what RL adds.
-
-    torchrun --nproc_per_node=2 sft.py            # makes grpo.py's default model from nothing
-    torchrun --nproc_per_node=8 sft.py --model=Qwen/Qwen3-0.6B --data=chat.jsonl
+torchrun --nproc_per_node=2 sft.py            # makes grpo.py's default model from nothing
+torchrun --nproc_per_node=8 sft.py --model=Qwen/Qwen3-0.6B --data=chat.jsonl
 """
 
 import heartbeat
@@ -72,8 +70,8 @@ def check(cfg: Config, world):
     """Settings that cannot work together: one sentence, before anything is loaded."""
     least = {"rows_per_step": 1, "max_tokens": 2, "tokens_per_microbatch": 1}
     above = dict.fromkeys(("start_seconds", "stuck_seconds", "save_seconds"), 0)
-    below = {"beta1": 1, "beta2": 1}
-    limits(cfg, at_least=least, at_most={"lr_min_ratio": 1}, above=above, below=below)
+    most, below = {"lr_min_ratio": 1}, {"beta1": 1, "beta2": 1}
+    limits(cfg, at_least=least, at_most=most, above=above, below=below)
     if not cfg.data:
         find_task(cfg.task)
     cfg.model = cfg.model.removeprefix("hf://")
@@ -100,8 +98,7 @@ def main(cfg: Config, world, run):
     start = run.resume(trainer)
 
     for step in range(start, cfg.steps):
-        rollouts = data.batch(step)
-        rollouts = gather(rollouts, world, cfg.tokens_per_microbatch)  # each trainer its share
+        rollouts = gather(data.batch(step), world, cfg.tokens_per_microbatch)  # each its share
         if rollouts.stop:
             return run.stopped(trainer, step, rollouts)
         metrics = trainer.step(rollouts, sft_loss)
