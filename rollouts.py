@@ -93,7 +93,8 @@ class Row:
     version: list[int] = field(default_factory=list)
     prompt_length: int = 0
     turn: int = 0
-    borders: list[tuple[int, int]] = field(default_factory=list)  # in this turn
+    # Weights that came during this turn: (its tokens so far, version that made them).
+    borders: list[tuple[int, int]] = field(default_factory=list)
     finished: bool = False
     rewards: dict[str, float] = field(default_factory=dict)
 
@@ -106,10 +107,7 @@ class Row:
         self.version += [-1] * n
 
     def append_sampled(self, tokens: list[int], logprobs: list[float], now: int):
-        """A turn of the policy. A token whose log-prob is not finite is taken out of the loss.
-
-        `borders` are (tokens so far, version that made them): weights that came during the turn.
-        """
+        """A turn of the policy. A token whose log-prob is not finite is taken out of the loss."""
         versions = []
         for count, version in [*self.borders, (len(tokens), now)]:
             versions += [version] * (count - len(versions))
@@ -179,11 +177,11 @@ def pack(lengths: list[int], num_trainers: int, budget: int) -> list[list[list[i
     return plan
 
 
-def exchange(parts: list[torch.Tensor], sizes: list[int], group) -> list[torch.Tensor]:
-    """parts[r] goes to rank r (1-D) -> what each rank sent here. One all-to-all. Collective."""
+def exchange(parts: list[torch.Tensor], sizes: list[int], group) -> torch.Tensor:
+    """parts[r] goes to rank r -> what the ranks sent here, in their order; all 1-D. Collective."""
     received = torch.empty(sum(sizes), dtype=parts[0].dtype)
     dist.all_to_all_single(received, torch.cat(parts), sizes, [len(p) for p in parts], group=group)
-    return list(received.split(sizes))
+    return received
 
 
 def to_cells(table: Rollouts, rows: torch.Tensor) -> torch.Tensor:
@@ -207,8 +205,7 @@ def from_cells(cells: torch.Tensor, table: Rollouts):
 
 
 def gather(rollouts: Rollouts, world, tokens_per_microbatch: int, minibatches: int = 1) -> Rollouts:
-    """Rows from the engines -> each trainer's share of the batch. Collective: every rank calls it,
-    rows or not.
+    """Rows from the engines -> each trainer's share of the batch. Collective, rows or not.
 
     One fixed header per rank, then the small columns of every row to everyone. Each rank alone
     computes the same packing plan from them, and the token columns go only to the trainer that
@@ -233,8 +230,8 @@ def gather(rollouts: Rollouts, world, tokens_per_microbatch: int, minibatches: i
         flat, width = torch.empty(0).double(), len(SMALL) + len(rollouts.rewards)
         if len(mine):  # as float64: an index is exact up to step 2^21
             flat = torch.stack([c.double() for c in columns], 1).flatten()
-        tables = exchange([flat for _ in ranks], [n * width for n in counts], group)
-        small = torch.cat(tables).view(-1, width)  # (rows of all ranks, small columns)
+        small = exchange([flat for _ in ranks], [n * width for n in counts], group)
+        small = small.view(-1, width)  # (rows of all ranks, small columns)
         source = torch.repeat_interleave(torch.tensor(ranks), torch.tensor(counts))  # who holds it
         place = torch.cat([torch.arange(n) for n in counts])  # the row's number there
         order = sorted(range(len(small)), key=lambda i: small[i, :2].tolist())
@@ -249,7 +246,7 @@ def gather(rollouts: Rollouts, world, tokens_per_microbatch: int, minibatches: i
         parts = [to_cells(mine, place[rows[source[rows] == me]]) for rows in share]
         rows = share[me][source[share[me]].argsort(stable=True)]  # they arrive rank by rank
         sizes = [int(everyone.length[rows[source[rows] == r]].sum()) * len(CELLS) for r in ranks]
-        cells = torch.cat(exchange(parts, sizes, group))
+        cells = exchange(parts, sizes, group)
         out = everyone.take(rows)
         if len(rows):
             from_cells(cells, out)
@@ -279,7 +276,6 @@ def plan_batch(table: Rollouts, num_trainers: int, budget: int, minibatches: int
     plan = [[] for _ in range(num_trainers)]
     for k in range(minibatches):
         rows = ((table.minibatch == k) & (table.weight > 0)).nonzero().flatten().tolist()
-        packed = pack([int(table.length[row]) for row in rows], num_trainers, budget)
-        for trainer, micro in zip(plan, packed):
+        for trainer, micro in zip(plan, pack(table.length[rows].tolist(), num_trainers, budget)):
             trainer.append([[rows[i] for i in numbers] for numbers in micro])
     return plan
