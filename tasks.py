@@ -71,12 +71,9 @@ def reward_name(function) -> str:
 
 
 FILES = (".jsonl", ".json", ".parquet")  # what read_examples reads; .json is read as JSONL
-TASKS = {  # by name; the examples are files to copy
-    "calculator": "examples/calculator.py:Calculator",  # the embedded default
-    "countdown": "examples/countdown.py:Countdown",
-    "gsm8k": "examples/gsm8k.py:GSM8K",
-    "sum_digits": "examples/sum_digits.py:SumDigits",
-}
+# Of examples/, whose files are there to copy; the first is the embedded default.
+TASKS = {"calculator": "Calculator", "countdown": "Countdown"}
+TASKS |= {"gsm8k": "GSM8K", "sum_digits": "SumDigits"}
 
 
 class FileTask(Task):
@@ -141,10 +138,10 @@ def read_jsonl(path: pathlib.Path):
 
 def find_task(name: str):
     """What makes the task of that name from the settings, or a UserError. Reads no data."""
-    place = TASKS.get(name, name)
+    examples = pathlib.Path(__file__).parent / "examples"
+    place = f"{examples / name}.py:{TASKS[name]}" if name in TASKS else name
     if ".py:" in place:
-        here = pathlib.Path(__file__).parent if name in TASKS else pathlib.Path()
-        return load_symbol(str(here / place), "task")
+        return load_symbol(place, "task")
     if name.endswith(FILES):
         if not pathlib.Path(name).exists():
             raise UserError(f"task={name}: no such file")
