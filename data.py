@@ -28,8 +28,7 @@ class Examples:
         self.left_out, held = len(examples) - len(kept), min(cfg.eval_size, len(kept) // 10)
         self.heldout, self.train = table(kept[:held], 0), kept[held:]
         if not self.train:
-            limit = f"max_tokens={cfg.max_tokens}"
-            raise UserError(f"data={cfg.data}: no example has at most {limit} tokens")
+            raise UserError(f"data={cfg.data}: no example has at most max_tokens={cfg.max_tokens}")
 
     def demonstration(self, split: str, i: int, progress: float):
         return self.encode(self.task.demonstration(f"{self.cfg.seed}/{split}/{i}", progress))
