@@ -97,8 +97,8 @@ def check(trainer, generator, world):
 
 
 def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torch.float32):
-    """Write a folder that transformers and vLLM load, by a temporary name: complete or absent. Every
-    rank waits for the writer, in a phase that a signal does not cut short. Collective.
+    """Write a folder that transformers and vLLM load, by a temporary name: complete or absent.
+    Collective: every rank waits for the writer, in a phase that a signal does not cut short.
     """
     from huggingface_hub import save_torch_state_dict
 
