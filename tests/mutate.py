@@ -223,8 +223,8 @@ MUTATIONS = r"""
 + divmod(self.__dict__.setdefault("n", iter(range(10**9))).__next__(), len(self.train))
 
 22 one order for all epochs of a file: data.py
-- self.permutation(self.cfg.seed, epoch,
-+ self.permutation(self.cfg.seed, 0,
+- self.permutation(self.cfg.seed, epoch, len(self.train))
++ vars(self).setdefault("order", self.permutation(self.cfg.seed, epoch, len(self.train)))
 
 23 given tokens are trained: rollouts.py
 - self.mask += [False] * n
