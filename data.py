@@ -1,19 +1,18 @@
 """Data for SFT: examples of several forms -> rows of tokens with a mask of those to be trained."""
 
-import random
+import functools
 
-import torch
-
-from rollouts import Rollouts
+from rollouts import Rollouts, Row, from_rows
 from runtime import UserError
-from tasks import load_task, read_examples
+from tasks import load_task, permutation, read_examples
 
 
 class Examples:
     """What is trained, in which order: rows of a file, permuted by epoch, or demonstrations."""
 
     def __init__(self, cfg, tokenizer):
-        self.cfg, self.tokenizer, self.order = cfg, tokenizer, (None, [])
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.permutation = functools.lru_cache(1)(permutation)  # of the present epoch
         if tokenizer.eos_token_id is None:
             raise UserError(f"model={cfg.model}: its tokenizer has no token that ends a reply")
         if not cfg.data:
@@ -29,8 +28,7 @@ class Examples:
         self.left_out, held = len(examples) - len(kept), min(cfg.eval_size, len(kept) // 10)
         self.heldout, self.train = table(kept[:held], 0), kept[held:]
         if not self.train:
-            limit = f"max_tokens={cfg.max_tokens}"
-            raise UserError(f"data={cfg.data}: no example has at most {limit} tokens")
+            raise UserError(f"data={cfg.data}: no example has at most max_tokens={cfg.max_tokens}")
 
     def demonstration(self, split: str, i: int, progress: float):
         return self.encode(self.task.demonstration(f"{self.cfg.seed}/{split}/{i}", progress))
@@ -40,10 +38,7 @@ class Examples:
         if not self.cfg.data:
             return self.demonstration("train", i, i / (self.cfg.steps * self.cfg.rows_per_step))
         epoch, place = divmod(i, len(self.train))
-        if self.order[0] != epoch:
-            rng = random.Random(f"{self.cfg.seed}/epoch {epoch}")
-            self.order = epoch, rng.sample(range(len(self.train)), len(self.train))
-        return self.train[self.order[1][place]]
+        return self.train[self.permutation(self.cfg.seed, epoch, len(self.train))[place]]
 
     def encode(self, text: list[tuple[str, bool]] | list[dict]) -> tuple[list[int], list[bool]]:
         """Pieces (text, trained) and a trained EOS behind them; or messages by the template."""
@@ -57,19 +52,13 @@ class Examples:
 
     def encode_chat(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
         """By the model's own template; what an assistant message adds to its prompt is trained."""
-
-        def template(upto: int, prompt: bool) -> list[int]:
-            return self.tokenizer.apply_chat_template(
-                messages[:upto], add_generation_prompt=prompt, return_dict=True
-            )["input_ids"]
-
         if not self.tokenizer.chat_template:
             raise UserError(f"model={self.cfg.model} has no chat template for 'messages'")
+        template = functools.partial(self.tokenizer.apply_chat_template, return_dict=True)
         tokens, mask = [], []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, after = template(i, True), template(i + 1, False)
+        for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
+            before = template(messages[:i], add_generation_prompt=True)["input_ids"]
+            after = template(messages[: i + 1])["input_ids"]
             if after[: len(before)] != before or before[: len(tokens)] != tokens:
                 why = "no prefix of it can be trained"
                 raise UserError(f"this chat template rewrites earlier turns: {why}")
@@ -80,8 +69,7 @@ class Examples:
     def batch(self, step: int) -> Rollouts:
         """The rows of a step as a table; `gather` takes the first trainer's and deals them out."""
         first = step * self.cfg.rows_per_step
-        rows = [self.example(i) for i in range(first, first + self.cfg.rows_per_step)]
-        return table(rows, step)
+        return table([self.example(first + i) for i in range(self.cfg.rows_per_step)], step)
 
 
 def pieces(example: dict, where: str) -> list:
@@ -96,20 +84,15 @@ def pieces(example: dict, where: str) -> list:
         return messages
     reply = example.get("completion", example.get("answer"))
     if not isinstance(example.get("prompt"), str) or reply is None:
-        needed = "no 'messages', and no 'prompt' with 'completion'"
-        raise UserError(f"{where}: {needed}: {sorted(example)}")
+        what = f"no 'messages', and no 'prompt' with 'completion': {sorted(example)}"
+        raise UserError(f"{where}: {what}")
     return [(example["prompt"], False), (str(reply), True)]
 
 
 def table(rows: list[tuple[list[int], list[bool]]], step: int) -> Rollouts:
     """Rows (tokens, mask) -> table. What only RL has is zero."""
-    out = Rollouts.blank(len(rows), max((len(tokens) for tokens, _ in rows), default=0))
-    for i, (ids, trained) in enumerate(rows):
-        out.length[i] = len(ids)
-        out.tokens[i, : len(ids)] = torch.tensor(ids)
-        out.mask[i, : len(ids)] = torch.tensor(trained)
-    out.mask[:, :1] = False  # nothing comes before the first token
-    out.index += step * 2**32 + torch.arange(len(rows))
-    out.sampled = out.mask.sum(1)
-    out.weight, out.share = torch.ones(len(rows)), torch.ones(len(rows))
-    return out
+    made = []
+    for slot, (tokens, mask) in enumerate(rows):
+        mask = [False, *mask[1:]]  # nothing comes before the first token
+        made.append(Row(step, slot, 0, 0, None, tokens=tokens, mask=mask))
+    return from_rows(made, [])

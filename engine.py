@@ -1,7 +1,6 @@
 """vLLM inside a torchrun rank: how it is built among trainers, fed, stepped, and given new weights.
 
-The only file that knows vLLM. It uses its public calls (`add_request`, `step`, `apply_model`), and
-some things that are not public, each in a function of its own.
+The only file that knows vLLM. What it uses that is not public stands in a function of its own.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ ENVIRONMENT = {
 def subworld(ranks: list[int]):
     """Inside, torch.distributed shows vLLM the generator ranks only.
 
-    vLLM makes no default group where there is one. It asks for its size and this rank, and calls
+    vLLM makes no default group where there is one: it asks for its size and this rank, and calls
     new_group, which every rank of the default group must join unless it synchronises locally.
     """
     size, rank, new_group = dist.get_world_size, dist.get_rank, dist.new_group
@@ -60,12 +59,10 @@ class Engine:
                 import vllm
             except ImportError as error:
                 raise UserError(f"vLLM does not load ({error}): see requirements*.txt") from None
-            self.version = vllm.__version__
+            self.vllm, self.version = vllm, vllm.__version__
             if not world.cuda:
                 keep_linear_weights()
                 share_no_memory()
-            self.sampling_params = vllm.SamplingParams
-            self.final_only = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
             self.llm = vllm.LLM(
                 model=cfg.model,
                 load_format="dummy",
@@ -82,8 +79,7 @@ class Engine:
                 enable_sleep_mode=world.cuda and world.colocated and cfg.sleep == "auto",
                 logprobs_mode="processed_logprobs",  # temperature applied, as the trainer does
                 async_scheduling=False,  # borders between two versions are exact
-                # A prompt cut in two makes vLLM rewind the row's random state, which its CPU
-                # build cannot do.
+                # For a prompt cut in two vLLM rewinds random states, which its CPU build cannot.
                 enable_chunked_prefill=world.cuda,
                 disable_log_stats=True,
             )
@@ -91,22 +87,14 @@ class Engine:
 
     def add(self, name: str, tokens: list[int], salt: str, stops: list[int], **sampling):
         """Queue a request. The salt keeps it from cache blocks that other weights filled."""
-        params = self.sampling_params(
-            stop_token_ids=stops,
-            logprobs=0,  # of the sampled token alone
-            flat_logprobs=True,
-            detokenize=False,
-            skip_clone=True,  # the object is this request's own
-            output_kind=self.final_only,
-            **sampling,
-        )
+        # logprobs=0: of the sampled token alone. skip_clone: the object is this request's own.
+        how = {"logprobs": 0, "flat_logprobs": True, "detokenize": False, "skip_clone": True}
+        how["output_kind"] = self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        params = self.vllm.SamplingParams(stop_token_ids=stops, **how, **sampling)
         self.core.add_request(name, {"prompt_token_ids": tokens, "cache_salt": salt}, params)
 
     def step(self) -> list[tuple[str, list[int], list[float], str]]:
-        """One forward of all running rows.
-
-        Returns the turns that ended: (name, tokens, log-probs, "stop" or "length").
-        """
+        """One forward of all rows -> what ended: (name, tokens, log-probs, "stop" or "length")."""
         ended = [(o.request_id, o.outputs[0]) for o in self.core.step() if o.finished]
         return [
             (name, list(turn.token_ids), list(turn.logprobs.logprobs), turn.finish_reason)
@@ -130,10 +118,8 @@ class Engine:
         self.llm.sleep(level=2)  # weights come with every sync, so no copy of them is kept
 
     def wake(self, part: str):
-        """Map "weights" or "kv_cache" again, with anything in it. torch holds on to memory that it
-        has freed: it gives that back first.
-        """
-        torch.cuda.empty_cache()
+        """Map "weights" or "kv_cache" again, with anything in it."""
+        torch.cuda.empty_cache()  # torch holds on to memory that it has freed
         self.llm.wake_up(tags=[part])
 
     def recompute(self):
@@ -161,10 +147,8 @@ def keep_linear_weights():
 
 
 def share_no_memory():
-    """Tensor parallelism on a CPU goes through gloo, not through vLLM's shared memory.
-
-    That has the same name in every job and stays behind, so that the next job fails. vLLM itself
-    takes gloo where the ranks of a group disagree on the name.
+    """Tensor parallelism on a CPU goes through gloo, which vLLM takes where the ranks of a group
+    disagree on its shared memory's name. That is one for all jobs, and what stays fails the next.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 

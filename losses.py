@@ -1,5 +1,4 @@
-"""Advantages, policy losses and their divisors: pure functions of tensors. No model, no rank, no
-collective.
+"""Advantages, policy losses and their divisors: pure functions of tensors. No model, no rank.
 
 A loss is `loss(logprobs (B, T), rows, cfg) -> (sum, {name: sum})`. It returns sums over the tokens
 it was given; the trainer divides once, by `divisor` of the whole mini-batch. So no split into
@@ -10,8 +9,6 @@ micro-batches or ranks changes the gradient. What a token counts in the sum is i
 import math
 
 import torch
-
-# ---------------------------------------------------------------- advantages
 
 
 def group_advantages(rollouts, kind: str = "mean_std") -> torch.Tensor:
@@ -36,13 +33,9 @@ def group_advantages(rollouts, kind: str = "mean_std") -> torch.Tensor:
 
 def equal_groups(table) -> torch.Tensor:
     """(groups,) bool, by ascending index: whether all rewards of the group are equal."""
-    groups, group = torch.unique(table.index, return_inverse=True)
-    extreme = table.reward.new_zeros(len(groups))
-    low, high = (
-        extreme.scatter_reduce(0, group, table.reward, kind, include_self=False)
-        for kind in ("amin", "amax")
-    )
-    return low == high
+    _, group = torch.unique(table.index, return_inverse=True)
+    pairs = torch.stack([group.double(), table.reward.double()], 1).unique(dim=0)  # of each, once
+    return torch.bincount(pairs[:, 0].long()) == 1
 
 
 def distilled(rollouts, cfg) -> torch.Tensor | None:
@@ -56,9 +49,6 @@ def distilled(rollouts, cfg) -> torch.Tensor | None:
     gain = (rollouts.teacher_logprobs - rollouts.logprobs) * rollouts.mask
     base = rollouts.advantage if cfg.distill == "add" else 0.0
     return base + cfg.teacher_coef * gain
-
-
-# ---------------------------------------------------------------- what a row counts
 
 
 def row_weights(rollouts, cfg) -> torch.Tensor:
@@ -94,8 +84,7 @@ def divisor(table, cfg) -> float:
     """What the sum of a mini-batch's loss is divided by, from the small columns of all its rows.
 
     token: sampled tokens (DAPO, eq. 8). sequence: rows (GRPO, eq. 3), whose tokens weigh less in a
-    long reply. prompt: groups. fixed: rows x max_new_tokens (Dr.GRPO, section 3.2). Rows of weight
-    0 are in none of them.
+    long reply. prompt: groups. fixed: rows x max_new_tokens (Dr.GRPO, 3.2). Of weight 1 alone.
     """
     counts = {
         "token": (table.sampled * table.weight).sum(),
@@ -106,13 +95,9 @@ def divisor(table, cfg) -> float:
     return max(float(counts[cfg.aggregation]), 1.0)
 
 
-# ---------------------------------------------------------------- ratios
-
-
 def old_logprobs(logprobs, rows, cfg) -> torch.Tensor:
-    """(B, T) log-probs of the old policy: the generator's, or the trainer's own at the batch's
-    start (decoupled PPO, arXiv 2110.00641 and 2505.24298), which in a batch's only update are the
-    present ones.
+    """(B, T) log-probs of the old policy: the generator's, or the trainer's at the batch's start
+    (decoupled PPO, arXiv 2110.00641, 2505.24298): the present ones in a batch's only update.
     """
     if cfg.old_policy == "generator":
         return rows.logprobs
@@ -140,11 +125,6 @@ def correction(logprobs, rows, cfg) -> torch.Tensor:
     return ratio.clamp(max=cap) if cfg.correction == "truncate" else ratio * kept
 
 
-def counted(rows) -> torch.Tensor:
-    """(B, T) 1 where a token counts: sampled, in a row of weight 1."""
-    return rows.mask * rows.weight[:, None]
-
-
 def total(values, logprobs, rows, cfg) -> torch.Tensor:
     """Sum of per-token losses (B, T), each by its row's share and its correction."""
     weight = rows.mask * rows.share[:, None] * correction(logprobs, rows, cfg)
@@ -157,17 +137,12 @@ def surrogate(ratio, rows, cfg) -> torch.Tensor:
     return -torch.minimum(ratio * rows.advantage, clipped * rows.advantage)
 
 
-# ---------------------------------------------------------------- losses
-
-
 def grpo(logprobs: torch.Tensor, rows, cfg) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """PPO's clipped surrogate of ratio = pi / pi_old (GRPO, arXiv 2402.03300, eq. 3).
-
-    By default the generator is the old policy, so a token a version old has a true ratio.
+    """PPO's clipped surrogate of ratio = pi / pi_old (GRPO, arXiv 2402.03300, eq. 3). By default
+    the generator is the old policy, so a token a version old has a true ratio.
     """
     ratio = log_ratio(logprobs, rows, cfg).exp()
-    values = surrogate(ratio, rows, cfg)
-    return total(values, logprobs, rows, cfg), clip_fractions(ratio, rows, cfg)
+    return total(surrogate(ratio, rows, cfg), logprobs, rows, cfg), clip_fractions(ratio, rows, cfg)
 
 
 def dapo(logprobs, rows, cfg):
@@ -178,8 +153,8 @@ def dapo(logprobs, rows, cfg):
     values = surrogate(ratio, rows, cfg)
     most = torch.minimum(values, -cfg.dual_clip * rows.advantage)
     values = torch.where(rows.advantage < 0, most, values)
-    dual = ((ratio > cfg.dual_clip) & (rows.advantage < 0) & (counted(rows) > 0)).sum()
-    sums = {**clip_fractions(ratio, rows, cfg), "clip_dual": dual}
+    dual = ((ratio > cfg.dual_clip) & (rows.advantage < 0)) * rows.mask * rows.weight[:, None]
+    sums = {**clip_fractions(ratio, rows, cfg), "clip_dual": dual.sum()}
     return total(values, logprobs, rows, cfg), sums
 
 
@@ -204,8 +179,7 @@ def gspo(logprobs, rows, cfg):
     mean = log_ratio(logprobs, rows, cfg).sum(1, keepdim=True) / tokens
     own = logprobs - logprobs.detach()  # (B, T) exact zeros, with the gradient of log pi
     ratio = (mean.detach() + own).exp()  # (B, T) s
-    values = surrogate(ratio, rows, cfg)
-    return total(values, logprobs, rows, cfg), clip_fractions(ratio, rows, cfg)
+    return total(surrogate(ratio, rows, cfg), logprobs, rows, cfg), clip_fractions(ratio, rows, cfg)
 
 
 def sapo(logprobs, rows, cfg):
@@ -228,8 +202,8 @@ def reinforce(logprobs, rows, cfg):
 
 # dr_grpo is GRPO without its two biases: a fixed horizon as divisor, no std (arXiv 2503.20783,
 # section 3.2). Both are settings, which `auto` chooses below.
-LOSSES = {"grpo": grpo, "dr_grpo": grpo}
-LOSSES |= {f.__name__: f for f in (dapo, cispo, gspo, sapo, reinforce)}
+LOSSES = {"grpo": grpo, "dr_grpo": grpo, "dapo": dapo, "cispo": cispo, "gspo": gspo, "sapo": sapo}
+LOSSES["reinforce"] = reinforce
 # What `auto` (for the clip: -1) means: GRPO's, but for what a loss names. GRPO's paper has
 # `sequence`; `token` is DAPO's cure of the length bias that it brings.
 OWN = {
@@ -254,28 +228,25 @@ def kl(logprobs: torch.Tensor, other: torch.Tensor, kind: str = "k3") -> torch.T
     return {"k1": -d, "k2": d * d / 2, "k3": d.expm1() - d}[kind]
 
 
-# ---------------------------------------------------------------- figures
-
-
 def clip_fractions(ratio, rows, cfg, both: bool = False) -> dict[str, torch.Tensor]:
     """Tokens outside the clip whose gradient it removed: below with A < 0, above with A > 0. With
     `both` the sign does not matter (CISPO caps, whatever the advantage).
     """
     low = (ratio < 1 - cfg.clip_low) & ((rows.advantage < 0) | both)
     high = (ratio > 1 + cfg.clip_high) & ((rows.advantage > 0) | both)
-    return {"clip_low": (low * counted(rows)).sum(), "clip_high": (high * counted(rows)).sum()}
+    keep = rows.mask * rows.weight[:, None]
+    return {"clip_low": (low * keep).sum(), "clip_high": (high * keep).sum()}
 
 
 HISTOGRAM = torch.logspace(-7, 2, 721, dtype=torch.float64)  # edges, 80 a decade: 3% apart
 
 
 def figures(logprobs: torch.Tensor, rows, cfg) -> dict[str, torch.Tensor]:
-    """What every policy loss should report, as sums over tokens; `_max` are maxima.
-
-    The mismatch is that of the trainer (before the batch's first update where that was kept) and
-    the generator, whose tokens these are: KL(generator || trainer) by k3.
+    """What every policy loss should report, as sums over tokens; `_max` are maxima. The mismatch
+    is that of the trainer (before the batch's first update where that was kept) and the generator,
+    whose tokens these are: KL(generator || trainer) by k3.
     """
-    keep = counted(rows)
+    keep = rows.mask * rows.weight[:, None]  # (B, T) 1 where a token counts
     age = ((rows.index[:, None] >> 32) - rows.version) * keep  # in steps, sampling to training
     trainer = logprobs if rows.old_logprobs is None else rows.old_logprobs
     d = (trainer - rows.logprobs).double() * keep

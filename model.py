@@ -10,22 +10,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from runtime import UserError
 
 aten = torch.ops.aten
-
-# ---------------------------------------------------------------- attention over packed rows
 
 
 @dataclass
@@ -59,8 +53,7 @@ def pack_rows(tokens, length, mask, device: str | torch.device = "cpu") -> Pack:
     real = torch.arange(longest) < room[:, None]  # (rows, longest)
     slot = real.flatten().nonzero().flatten()
     positions, even = slot % longest, bool(real.all())
-    # A row's first token has nothing before it.
-    wanted = (mask[real] & (positions > 0)).nonzero().flatten()
+    wanted = (mask[real] & (positions > 0)).nonzero().flatten()  # what has a token before it
     parts = tokens[real], positions, F.pad(room.cumsum(0), (1, 0)).int(), slot, wanted
     return Pack(*(send(x, device) for x in parts), longest, even, (b, t))
 
@@ -105,11 +98,9 @@ def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack =
     return (out if pack.even else out[pack.slot])[None], None
 
 
-AttentionInterface.register("packed", packed_attention)
+transformers.AttentionInterface.register("packed", packed_attention)
 # Rows are told apart by Pack, not by a mask.
-AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
-
-# ---------------------------------------------------------------- head
+transformers.AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
 
 
 def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -199,9 +190,6 @@ def head_logprobs(hidden, weight, targets, temperature: float, chunk: int):
     return logp.gather(-1, targets[:, None])[:, 0], entropy
 
 
-# ---------------------------------------------------------------- policy
-
-
 class Policy(nn.Module):
     """Rollouts in, log-probs out. Only here stands that logits at t - 1 predict the token at t."""
 
@@ -233,40 +221,41 @@ class Policy(nn.Module):
         return table(logprobs), table(entropy.detach())
 
 
-HEAD_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # Cohere, Granite, Falcon-H1
-
-
 def check_config(path: str) -> AutoConfig:
     """The model's configuration; UserError if there is none, or it is of a kind not covered."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        why = f"no model there ({str(error).splitlines()[0]})"
         if "trust_remote_code" in str(error):
-            why = "it brings Python code of its own, which would run as you (trust_remote_code)"
-            raise UserError(f"model={path}: {why}; that is off, without a switch") from None
-        raise UserError(f"model={path}: no model there ({str(error).splitlines()[0]})") from None
-    if not any(name.endswith("ForCausalLM") for name in config.architectures or []):
-        raise UserError(f"model={path}: {config.architectures} is not a causal language model")
+            why = "it brings Python code of its own, which would run as you (trust_remote_code); "
+            why += "that is off, without a switch"
+        raise UserError(f"model={path}: {why}") from None
+    if why := unsupported(config):
+        raise UserError(f"model={path}: {why}")
+    return config
+
+
+def unsupported(config) -> str:
+    """Why `Policy` does not cover such a model; "" if it does."""
+    on = " ".join(name for name, value in config.to_dict().items() if value)
     types = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    softcap = any("softcap" in k and v for k, v in config.to_dict().items())
-    if types != {"full_attention"} or (window and not hasattr(config, "layer_types")) or softcap:
-        raise UserError(
-            f"model={path}: sliding-window, linear or soft-capped attention is not yet tested"
-        )
-    if any("expert" in k and v for k, v in config.to_dict().items()):
-        raise UserError(f"model={path}: mixture-of-experts models are not supported")
+    if not any(name.endswith("ForCausalLM") for name in config.architectures or []):
+        return f"{config.architectures} is not a causal language model"
+    if types != {"full_attention"} or (window and "layer_types" not in on) or "softcap" in on:
+        return "sliding-window, linear or soft-capped attention is not yet tested"
+    if "expert" in on:
+        return "mixture-of-experts models are not supported"
     # What `Policy` takes for granted: layers in `lm.model`, and logits = hidden @ head.T, no more.
-    if scale := [k for k in HEAD_SCALES if getattr(config, k, None) not in (None, 1)]:
-        raise UserError(f"model={path}: logits scaled by {scale[0]} are not supported")
+    scales = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # Cohere, Granite, Falcon-H1
+    if scale := [k for k in scales if getattr(config, k, None) not in (None, 1)]:
+        return f"logits scaled by {scale[0]} are not supported"
     with torch.device("meta"):  # parts to look at, without memory: milliseconds, at any size
         lm = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
-    head = lm.get_output_embeddings()
-    if not hasattr(getattr(lm, "model", None), "layers") or getattr(head, "bias", None) is not None:
-        raise UserError(
-            f"model={path}: {type(lm).__name__} is not built like Llama, with lm.model.layers and "
-            "a head without bias"
-        )
+    name, bias = type(lm).__name__, getattr(lm.get_output_embeddings(), "bias", None)
+    if not hasattr(getattr(lm, "model", None), "layers") or bias is not None:
+        return f"{name} is not built like Llama, with lm.model.layers and a head without bias"
     lm.model.layers = lm.model.layers[:1]
     two = torch.zeros(1, 2, dtype=torch.long, device="meta")
     mask = two.expand(1, 1, 2, 2)  # of no effect, but without one transformers looks at positions
@@ -274,9 +263,8 @@ def check_config(path: str) -> AutoConfig:
     try:
         lm.model(input_ids=two, position_ids=two, attention_mask=mask, use_cache=False, pack=pack)
     except (AttributeError, TypeError):
-        name = type(lm).__name__
-        raise UserError(f"model={path}: {name}'s layers do not hand packed rows on") from None
-    return config
+        return f"{name}'s layers do not hand packed rows on"
+    return ""
 
 
 def has_weights(path: str) -> bool:
@@ -291,26 +279,24 @@ def build_policy(cfg, world, frozen: str | None = None) -> Policy:
     With `frozen` that model, in the compute type and without a gradient: a reference or a teacher.
     """
     master = torch.float64 if cfg.dtype == "float64" else torch.float32
-    compute, path = compute_dtype(cfg, world), frozen or cfg.model
-    config = check_config(path)
+    auto = "bfloat16" if world.cuda else "float32"
+    compute = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
+    path = frozen or cfg.model
     how = {"dtype": compute if frozen else master, "attn_implementation": "packed"}
     if path == cfg.model and (cfg.random_init or not has_weights(path)):
         torch.manual_seed(cfg.seed)
-        lm = AutoModelForCausalLM.from_config(config, **how)
+        lm = AutoModelForCausalLM.from_config(check_config(path), **how)
     else:
         lm = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **how)
     lm.train(not frozen).requires_grad_(not frozen)
-    shard = {
-        "mesh": trainer_mesh(world),
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=None if frozen or compute == master else compute,
-            reduce_dtype=master,
-            cast_forward_inputs=False,
-        ),
-    }
+    # One dimension, over which FSDP2 shards; with replicas two: HSDP copies over the first.
+    names, ranks = ("copies", "shards")[-len(world.mesh) :], torch.tensor(world.shards).squeeze(0)
+    mesh = DeviceMesh.from_group(world.mesh, world.device.type, ranks, mesh_dim_names=names)
+    cast = None if frozen or compute == master else compute
+    types = MixedPrecisionPolicy(cast, reduce_dtype=master, cast_forward_inputs=False)
+    shard, alone = {"mesh": mesh, "mp_policy": types}, world.num_trainers == 1
     if frozen and cfg.offload_frozen and world.cuda:
         shard["offload_policy"] = CPUOffloadPolicy()
-    alone = world.num_trainers == 1
     if alone and not frozen:  # nothing to gather again for the backward, only to cast again
         shard["reshard_after_forward"] = False
     for layer in lm.model.layers:
@@ -330,16 +316,6 @@ def build_policy(cfg, world, frozen: str | None = None) -> Policy:
     return policy
 
 
-def trainer_mesh(world) -> DeviceMesh:
-    """One dimension, over which FSDP2 shards; with replicas two: HSDP copies over the first."""
-    if len(world.mesh) == 1:
-        return DeviceMesh.from_group(world.trainers, world.device.type, mesh=world.trainer_ranks)
-    names = ("copies", "shards")
-    return DeviceMesh.from_group(
-        world.mesh, world.device.type, mesh=torch.tensor(world.shards), mesh_dim_names=names
-    )
-
-
 def checkpointed(forward, kind: str):
     """A layer's forward whose backward makes again all that it needs (full), or all but the outputs
     of matrix products and attention (selective): little memory, or little work.
@@ -350,11 +326,4 @@ def checkpointed(forward, kind: str):
     if kind == "selective":
         saved = [op.default for op in saved]
         how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, saved)
-    again = lambda *args, **kwargs: checkpoint(forward, *args, **how, **kwargs)  # noqa: E731
-    return forward if kind == "none" else again
-
-
-def compute_dtype(cfg, world) -> torch.dtype:
-    """`dtype=auto` is bfloat16 on a GPU and float32 on a CPU."""
-    auto = "bfloat16" if world.cuda else "float32"
-    return getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
+    return forward if kind == "none" else functools.partial(checkpoint, forward, **how)

@@ -6,6 +6,7 @@ A column (N, T) is about the token *in* that column: logprobs[n, t] = log p(toke
 
 import hashlib
 import heapq
+import itertools
 import json
 import math
 from dataclasses import dataclass, field, fields
@@ -21,11 +22,7 @@ def column(kind: str, dtype: torch.dtype):
 
 @dataclass
 class Rollouts:
-    """One row per reply. Right-padded in memory, flat when it travels.
-
-    After `gather` a trainer holds the token columns of its own rows, and in `all` the small columns
-    of every row.
-    """
+    """One row per reply. Right-padded in memory, flat when it travels."""
 
     index: torch.Tensor = column("row", torch.int64)  # step * 2^32 + slot of the prompt; a group's
     reply: torch.Tensor = column("row", torch.int64)  # in its group; sorted by (index, reply)
@@ -46,7 +43,7 @@ class Rollouts:
     teacher_logprobs: torch.Tensor = None  # (N, T) float32: of the teacher, where asked for
     old_logprobs: torch.Tensor = None  # (N, T) float32: of the policy before the batch's updates
     minibatch: torch.Tensor = None  # (N,) int64: the update, of its batch, that trains the row
-    all: "Rollouts" = None  # the small columns of every row of the batch
+    all: "Rollouts" = None  # the small columns, (N,), of every row of the batch
     plan: list[list[list[int]]] = field(default_factory=list)  # [mini-batch][micro-batch] = rows
     infos: list[dict] = field(default_factory=list)  # what every rank told the first trainer
     stop: bool = False  # some rank was told to stop
@@ -70,9 +67,8 @@ class Rollouts:
         """The rows of these numbers, with the padding cut to the longest of them."""
         at = torch.as_tensor(rows, dtype=torch.long)
         width = int(self.length[at].max()) if len(at) else 0
-        rewards = {k: v[at] for k, v in self.rewards.items()}
         cut = {k: v[at, :width] if v.dim() == 2 else v[at] for k, v in self.columns().items()}
-        return Rollouts(**cut, rewards=rewards)
+        return Rollouts(**cut, rewards={k: v[at] for k, v in self.rewards.items()})
 
 
 SMALL, CELLS = (  # name -> type, in the order in which they travel; a cell is 32 bits wide then
@@ -97,7 +93,8 @@ class Row:
     version: list[int] = field(default_factory=list)
     prompt_length: int = 0
     turn: int = 0
-    borders: list[tuple[int, int]] = field(default_factory=list)  # in this turn
+    # Weights that came during this turn: (its tokens so far, version that made them).
+    borders: list[tuple[int, int]] = field(default_factory=list)
     finished: bool = False
     rewards: dict[str, float] = field(default_factory=dict)
 
@@ -110,10 +107,7 @@ class Row:
         self.version += [-1] * n
 
     def append_sampled(self, tokens: list[int], logprobs: list[float], now: int):
-        """A turn of the policy. A token whose log-prob is not finite is taken out of the loss.
-
-        `borders` are (tokens so far, version that made them): weights that came during the turn.
-        """
+        """A turn of the policy. A token whose log-prob is not finite is taken out of the loss."""
         versions = []
         for count, version in [*self.borders, (len(tokens), now)]:
             versions += [version] * (count - len(versions))
@@ -145,7 +139,7 @@ class Row:
 
 
 def from_rows(rows: list[Row], reward_names: list[str]) -> Rollouts:
-    """Finished rows of the generator -> table, sorted by (index, reply)."""
+    """Finished rows -> table, sorted by (index, reply)."""
     rows = sorted(rows, key=lambda r: (r.index, r.reply))
     table = Rollouts.blank(len(rows), max((len(r.tokens) for r in rows), default=0))
     for i, row in enumerate(rows):
@@ -160,47 +154,36 @@ def from_rows(rows: list[Row], reward_names: list[str]) -> Rollouts:
     return table
 
 
-# ---------------------------------------------------------------- the packing plan
-
-
 def pack(lengths: list[int], num_trainers: int, budget: int) -> list[list[list[int]]]:
     """Row lengths -> plan[trainer][micro-batch] = row numbers. Balanced; equally many for each.
 
     Longest row first into the emptiest bin (LPT). A bin holds at most `budget` tokens; a longer row
-    has a bin alone. Every rank computes the same plan from the same lengths, so nothing needs to be
-    agreed on.
+    has a bin alone. Every rank computes the same plan from the same lengths: nothing is agreed on.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    per_trainer = max(1, math.ceil(sum(min(n, budget) for n in lengths) / (budget * num_trainers)))
-    while True:
-        bins = [[] for _ in range(per_trainer * num_trainers)]
-        heap = [(0, b) for b in range(len(bins))]
+    least = math.ceil(sum(min(n, budget) for n in lengths) / (budget * num_trainers))
+    for per_trainer in itertools.count(max(1, least)):
+        bins = [(0, b, []) for b in range(per_trainer * num_trainers)]  # a heap: (load, b, rows)
         for i in order:
-            load, b = heap[0]
+            load, b, rows = bins[0]
             if load and load + lengths[i] > budget:
                 break
-            heapq.heapreplace(heap, (load + lengths[i], b))
-            bins[b].append(i)
+            heapq.heapreplace(bins, (load + lengths[i], b, [*rows, i]))
         else:
             break
-        per_trainer += 1
-    loads = {b: load for load, b in heap}
     plan = [[] for _ in range(num_trainers)]
     # Heaviest bins first, a round at a time, to and fro: what is added up comes out about equal.
-    for k, b in enumerate(sorted(range(len(bins)), key=lambda b: (-loads[b], b))):
+    for k, (_, _, rows) in enumerate(sorted(bins, key=lambda bin: (-bin[0], bin[1]))):
         turn, place = divmod(k, num_trainers)
-        plan[place if turn % 2 == 0 else num_trainers - 1 - place].append(sorted(bins[b]))
+        plan[place if turn % 2 == 0 else num_trainers - 1 - place].append(sorted(rows))
     return plan
 
 
-# ---------------------------------------------------------------- gather
-
-
-def exchange(parts: list[torch.Tensor], sizes: list[int], group) -> list[torch.Tensor]:
-    """parts[r] goes to rank r (1-D) -> what each rank sent here. One all-to-all. Collective."""
+def exchange(parts: list[torch.Tensor], sizes: list[int], group) -> torch.Tensor:
+    """parts[r] goes to rank r -> what the ranks sent here, in their order; all 1-D. Collective."""
     received = torch.empty(sum(sizes), dtype=parts[0].dtype)
     dist.all_to_all_single(received, torch.cat(parts), sizes, [len(p) for p in parts], group=group)
-    return list(received.split(sizes))
+    return received
 
 
 def to_cells(table: Rollouts, rows: torch.Tensor) -> torch.Tensor:
@@ -224,13 +207,11 @@ def from_cells(cells: torch.Tensor, table: Rollouts):
 
 
 def gather(rollouts: Rollouts, world, tokens_per_microbatch: int, minibatches: int = 1) -> Rollouts:
-    """Rows from the engines -> each trainer's share of the batch. Collective: every rank calls it,
-    rows or not.
+    """Rows from the engines -> each trainer's share of the batch. Collective, rows or not.
 
     One fixed header per rank, then the small columns of every row to everyone. Each rank alone
     computes the same packing plan from them, and the token columns go only to the trainer that
-    trains the row. Returns on a trainer its own rows, their `plan`, and in `all` the small columns
-    of the batch.
+    trains the row: it returns with its own rows and their `plan`.
     """
     world.arrive("gather")
     with world.span("gather"):
@@ -247,34 +228,32 @@ def gather(rollouts: Rollouts, world, tokens_per_microbatch: int, minibatches: i
         dist.gather_object(tell(mine, world), infos, world.first_trainer, group)
         infos = [json.loads(text) for text in infos or []]
 
-        rewards = list(rollouts.rewards)
-        flat, width = small_columns(mine, rewards), len(SMALL) + len(rewards)
-        tables = exchange([flat for _ in ranks], [n * width for n in counts], group)
-        small = torch.cat(tables).view(-1, width)  # (rows of all ranks, small columns)
+        columns = [getattr(mine, k) for k in SMALL] + list(mine.rewards.values())
+        flat, width = torch.empty(0).double(), len(SMALL) + len(rollouts.rewards)
+        if len(mine):  # as float64: an index is exact up to step 2^21
+            flat = torch.stack([c.double() for c in columns], 1).flatten()
+        small = exchange([flat for _ in ranks], [n * width for n in counts], group)
+        small = small.view(-1, width)  # (rows of all ranks, small columns)
         source = torch.repeat_interleave(torch.tensor(ranks), torch.tensor(counts))  # who holds it
         place = torch.cat([torch.arange(n) for n in counts])  # the row's number there
         order = sorted(range(len(small)), key=lambda i: small[i, :2].tolist())
-        order = torch.tensor(order, dtype=torch.long)
         small, source, place = small[order].T, source[order], place[order]
         everyone = Rollouts(**{k: c.to(dtype) for (k, dtype), c in zip(SMALL.items(), small)})
-        everyone.rewards = {k: c.float() for k, c in zip(rewards, small[len(SMALL) :])}
+        everyone.rewards = {k: c.float() for k, c in zip(rollouts.rewards, small[len(SMALL) :])}
 
         plan = plan_batch(everyone, world.num_trainers, tokens_per_microbatch, minibatches)
-        share = [torch.empty(0, dtype=torch.long) for _ in ranks]  # rows that each rank trains
-        for rank, own in zip(world.trainer_ranks, plan):
-            share[rank] = torch.tensor(sorted(sum(sum(own, []), [])), dtype=torch.long)
+        plan = dict(zip(world.trainer_ranks, plan))
+        trained = [sum(sum(plan.get(r, []), []), []) for r in ranks]  # rows, by rank
+        share = [torch.tensor(sorted(rows), dtype=torch.long) for rows in trained]
         parts = [to_cells(mine, place[rows[source[rows] == me]]) for rows in share]
-        rows = share[me]
-        rows = rows[torch.argsort(source[rows], stable=True)]  # they arrive rank by rank
+        rows = share[me][source[share[me]].argsort(stable=True)]  # they arrive rank by rank
         sizes = [int(everyone.length[rows[source[rows] == r]].sum()) * len(CELLS) for r in ranks]
-        cells = torch.cat(exchange(parts, sizes, group))
-        out = everyone.take(rows.tolist())
+        cells = exchange(parts, sizes, group)
+        out = everyone.take(rows)
         if len(rows):
             from_cells(cells, out)
-        if world.trains:
-            here = {int(row): i for i, row in enumerate(rows)}
-            own = plan[world.trainer_index]
-            out.plan = [[[here[row] for row in micro] for micro in mini] for mini in own]
+        here = {int(row): i for i, row in enumerate(rows)}
+        out.plan = [[[here[row] for row in micro] for micro in mini] for mini in plan.get(me, [])]
         out.all, out.infos, out.stop = everyone, infos, any(stops)
         return out
 
@@ -290,14 +269,6 @@ def tell(mine: Rollouts, world) -> str:
     return json.dumps(told, default=str)
 
 
-def small_columns(mine: Rollouts, rewards: list[str]) -> torch.Tensor:
-    """The (N,) columns and rewards, flat, as float64: an index is exact up to step 2^21."""
-    if not len(mine):
-        return torch.empty(0, dtype=torch.float64)
-    columns = [getattr(mine, k) for k in SMALL] + [mine.rewards[k] for k in rewards]
-    return torch.stack([c.double() for c in columns], 1).flatten()
-
-
 def plan_batch(table: Rollouts, num_trainers: int, budget: int, minibatches: int) -> list:
     """plan[trainer][mini-batch][micro-batch] = row numbers, from the small columns. Writes the
     column `minibatch`: whole groups, in the order of their slots. Rows of weight 0 are not trained.
@@ -307,7 +278,6 @@ def plan_batch(table: Rollouts, num_trainers: int, budget: int, minibatches: int
     plan = [[] for _ in range(num_trainers)]
     for k in range(minibatches):
         rows = ((table.minibatch == k) & (table.weight > 0)).nonzero().flatten().tolist()
-        packed = pack([int(table.length[row]) for row in rows], num_trainers, budget)
-        for trainer, micro in zip(plan, packed):
+        for trainer, micro in zip(plan, pack(table.length[rows].tolist(), num_trainers, budget)):
             trainer.append([[rows[i] for i in numbers] for numbers in micro])
     return plan

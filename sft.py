@@ -1,9 +1,7 @@
-"""SFT: make the given replies likelier. The loop of grpo.py without a generator.
+"""SFT: make the given replies likelier. `diff sft.py grpo.py` is the lesson of what RL adds.
 
-`diff sft.py grpo.py` is the lesson of what RL adds.
-
-    torchrun --nproc_per_node=2 sft.py            # makes grpo.py's default model from nothing
-    torchrun --nproc_per_node=8 sft.py --model=Qwen/Qwen3-0.6B --data=chat.jsonl
+torchrun --nproc_per_node=2 sft.py            # makes grpo.py's default model from nothing
+torchrun --nproc_per_node=8 sft.py --model=Qwen/Qwen3-0.6B --data=chat.jsonl
 """
 
 import heartbeat
@@ -96,8 +94,7 @@ def main(cfg: Config, world, run):
     start = run.resume(trainer)
 
     for step in range(start, cfg.steps):
-        rollouts = data.batch(step)
-        rollouts = gather(rollouts, world, cfg.tokens_per_microbatch)  # each trainer its share
+        rollouts = gather(data.batch(step), world, cfg.tokens_per_microbatch)  # each its share
         if rollouts.stop:
             return run.stopped(trainer, step, rollouts)
         metrics = trainer.step(rollouts, sft_loss)

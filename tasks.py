@@ -7,6 +7,7 @@ here knows of ranks, engines or gradients.
     --task=calculator | sum_digits | countdown | gsm8k | file.jsonl | my_file.py:MyTask
 """
 
+import functools
 import json
 import pathlib
 import random
@@ -40,7 +41,7 @@ class Task:
         self.cfg = cfg
         # Functions of an Episode -> float, logged by their names; a reply's reward is their sum.
         self.rewards = [self.correct]
-        self.order: tuple = (None, [])  # of the present epoch
+        self.permutation = functools.lru_cache(1)(permutation)  # of the present epoch
 
     def correct(self, episode: Episode) -> float:
         """1 for the right answer, else 0."""
@@ -51,17 +52,16 @@ class Task:
         return None
 
     def problem(self, step: int, slot: int, attempt: int = 0) -> dict:
-        """The prompt of a slot, by its name: each epoch is a permutation of `train`.
-
-        A later attempt draws anew.
-        """
+        """The prompt of a slot, by its name; a later attempt draws anew."""
         if attempt:
             return random.Random(f"{self.cfg.seed}/{step}/{slot}/{attempt}").choice(self.train)
         epoch, place = divmod(step * self.cfg.prompts_per_step + slot, len(self.train))
-        if self.order[0] != epoch:
-            rng = random.Random(f"{self.cfg.seed}/epoch {epoch}")
-            self.order = epoch, rng.sample(self.train, len(self.train))
-        return self.order[1][place]
+        return self.train[self.permutation(self.cfg.seed, epoch, len(self.train))[place]]
+
+
+def permutation(seed: int, epoch: int, size: int) -> list[int]:
+    """The order of an epoch by its name: the same in any topology and after a resume."""
+    return random.Random(f"{seed}/epoch {epoch}").sample(range(size), size)
 
 
 def reward_name(function) -> str:
@@ -70,15 +70,10 @@ def reward_name(function) -> str:
     return getattr(function, "__name__", getattr(inner, "__name__", type(function).__name__))
 
 
-# ---------------------------------------------------------------- files and names
-
 FILES = (".jsonl", ".json", ".parquet")  # what read_examples reads; .json is read as JSONL
-TASKS = {  # by name; the examples are files to copy
-    "calculator": "examples/calculator.py:Calculator",  # the embedded default
-    "countdown": "examples/countdown.py:Countdown",
-    "gsm8k": "examples/gsm8k.py:GSM8K",
-    "sum_digits": "examples/sum_digits.py:SumDigits",
-}
+# Of examples/, whose files are there to copy; the first is the embedded default.
+TASKS = {"calculator": "Calculator", "countdown": "Countdown"}
+TASKS |= {"gsm8k": "GSM8K", "sum_digits": "SumDigits"}
 
 
 class FileTask(Task):
@@ -93,16 +88,14 @@ class FileTask(Task):
             examples[e["prompt"]] = e
         order, held = list(examples.values()), min(512, len(examples) // 10)
         if not held:
-            count = f"{len(order)} different prompts"
-            raise UserError(f"{cfg.task}: {count}; one in ten is held out, so 10 at least")
+            why = f"{len(order)} different prompts; one in ten is held out, so 10 at least"
+            raise UserError(f"{cfg.task}: {why}")
         self.train, self.heldout = order[:-held], order[-held:]
 
 
 def read_examples(source: str, split: str) -> list[tuple[str, dict]]:
-    """(where it stands, example) for each example of a source.
-
-    A source is a JSONL or parquet file, a folder with {split}.jsonl or {split}.parquet, or a data
-    set on the hub (`name` or `name:subset`).
+    """(where it stands, example) for each example of a source: a JSONL or parquet file, a folder
+    with {split}.jsonl or {split}.parquet, or a data set on the hub (`name` or `name:subset`).
     """
     path = pathlib.Path(source)
     if path.is_dir():
@@ -113,7 +106,7 @@ def read_examples(source: str, split: str) -> list[tuple[str, dict]]:
     if path.suffix in FILES and not path.exists():
         raise UserError(f"{path}: no such file")
     if path.suffix in (".jsonl", ".json"):
-        return read_jsonl(path)
+        return list(read_jsonl(path))
     import datasets
 
     try:
@@ -128,9 +121,8 @@ def read_examples(source: str, split: str) -> list[tuple[str, dict]]:
     return [(f"{source} ({split}), row {i}", e) for i, e in enumerate(table.to_list(), start=1)]
 
 
-def read_jsonl(path: pathlib.Path) -> list[tuple[str, dict]]:
-    """(file and line, object) for each line that is not blank."""
-    found = []
+def read_jsonl(path: pathlib.Path):
+    """Yield (file and line, object) for each line that is not blank."""
     with open(path, "rb") as file:  # as text, a U+2028 inside a string would end a line too
         for i, line in enumerate(file, start=1):
             if not line.strip():
@@ -141,16 +133,15 @@ def read_jsonl(path: pathlib.Path) -> list[tuple[str, dict]]:
                     raise ValueError(f"{example!r:.60}")
             except ValueError as error:  # no UTF-8, or no JSON
                 raise UserError(f"{path}, line {i}: not a JSON object: {error}") from None
-            found.append((f"{path}, line {i}", example))
-    return found
+            yield f"{path}, line {i}", example
 
 
 def find_task(name: str):
     """What makes the task of that name from the settings, or a UserError. Reads no data."""
-    place = TASKS.get(name, name)
+    examples = pathlib.Path(__file__).parent / "examples"
+    place = f"{examples / name}.py:{TASKS[name]}" if name in TASKS else name
     if ".py:" in place:
-        here = pathlib.Path(__file__).parent if name in TASKS else pathlib.Path()
-        return load_symbol(str(here / place), "task")
+        return load_symbol(place, "task")
     if name.endswith(FILES):
         if not pathlib.Path(name).exists():
             raise UserError(f"task={name}: no such file")
@@ -162,7 +153,6 @@ def load_task(cfg) -> Task:
     """The task that the settings name. UserError if its data or its rewards cannot be used."""
     task = find_task(cfg.task)(cfg)
     names = [reward_name(f) for f in task.rewards]
-    if len(set(names)) < len(names):
-        again = next(n for n in names if names.count(n) > 1)
-        raise UserError(f"task={cfg.task}: two rewards are named {again!r}; rename one of them")
+    if again := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"task={cfg.task}: two rewards are named {again[0]!r}; rename one of them")
     return task

@@ -1,9 +1,7 @@
-"""Weights leave the trainers as one stream of (name, full tensor), into one of two sinks.
-
-The sinks are the generators (`sync`) and a Hugging Face folder (`export`).
+"""Weights leave the trainers as one stream of (name, full tensor), into one of two sinks: the
+generators (`sync`) and a Hugging Face folder (`export`).
 """
 
-import json
 import math
 import pathlib
 import shutil
@@ -13,10 +11,7 @@ import torch.distributed as dist
 
 
 def stream(trainer):
-    """Yield (Hugging Face name, full tensor) for each parameter. Collective over trainers.
-
-    A tied head is not a parameter of its own and does not appear.
-    """
+    """Yield (Hugging Face name, full tensor) of each parameter; a tied head is none. Collective."""
     for name, p in trainer.policy.named_parameters():
         yield name.removeprefix("lm."), p.detach().full_tensor()
 
@@ -26,8 +21,7 @@ def plan_buckets(trainer, limit: int) -> list[dict[str, tuple[int, ...]]]:
     buckets, room = [], 0
     for name, p in trainer.policy.named_parameters():
         if not buckets or p.numel() > room:
-            buckets.append({})
-            room = limit
+            buckets, room = [*buckets, {}], limit
         buckets[-1][name.removeprefix("lm.")] = tuple(p.shape)
         room -= p.numel()
     return buckets
@@ -45,11 +39,9 @@ def buckets_through(trainer, world, dtype):
     for bucket in world.buckets:
         sizes = [math.prod(shape) for shape in bucket.values()]
         flat = torch.empty(sum(sizes), dtype=dtype, device=world.device)
-        parts = zip(bucket.items(), flat.split(sizes))
-        views = {name: part.view(shape) for (name, shape), part in parts}
+        views = {name: x.view(shape) for (name, shape), x in zip(bucket.items(), flat.split(sizes))}
         if world.trains:
-            for planned, view in views.items():
-                name, full = next(tensors)
+            for (planned, view), (name, full) in zip(views.items(), tensors):
                 assert name == planned, f"the stream is at {name}, the plan at {planned}"
                 view.copy_(full)  # casts to the engine's type
         if world.carries_weights:
@@ -62,8 +54,7 @@ def sync(trainer, generator, world):
 
     Flat buckets, one broadcast each, from the first trainer to all generator ranks; vLLM's own
     loaders copy the views in place (fused and tensor-parallel layers included), so captured graphs
-    stay valid. Colocated ranks keep what their own all-gather gave. With check_weights the stream
-    is sent twice: see `check`.
+    stay valid. Colocated ranks keep what their own all-gather gave.
     """
     with world.span("evaluate"):
         generator.finish_evaluation()
@@ -101,14 +92,12 @@ def check(trainer, generator, world):
         untouched = [name for name, p in generator.parameters() if bool(p.isnan().any())]
         changed = [name for name, p in generator.parameters() if checksum(p) != before[name]]
         if bad or untouched or changed:
-            raise RuntimeError(
-                f"weights after sync: {bad=} on the wire, {untouched=} by it, {changed=} by reload"
-            )
+            found = f"{bad=} on the wire, {untouched=} by it, {changed=} by reload"
+            raise RuntimeError(f"weights after sync: {found}")
 
 
 def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torch.float32):
     """Write a folder that transformers and vLLM load, by a temporary name: complete or absent.
-
     Collective: every rank waits for the writer, in a phase that a signal does not cut short.
     """
     from huggingface_hub import save_torch_state_dict
@@ -128,9 +117,7 @@ def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torc
             save_torch_state_dict(tensors, partial)  # first: what fails below leaves them there
             lm = trainer.policy.lm
             lm.config.dtype = dtype
-            settings = json.loads(lm.config.to_json_string())
-            settings.pop("_attn_implementation", None)
-            (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            lm.config.to_json_file(partial / "config.json")
             # As it was loaded: save_pretrained refuses what models ship (top_p, no do_sample).
             lm.generation_config.to_json_file(partial / "generation_config.json")
             if trainer.tokenizer is not None:

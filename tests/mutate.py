@@ -223,8 +223,8 @@ MUTATIONS = r"""
 + divmod(self.__dict__.setdefault("n", iter(range(10**9))).__next__(), len(self.train))
 
 22 one order for all epochs of a file: data.py
-- if self.order[0] != epoch:
-+ if self.order[0] is None:
+- self.permutation(self.cfg.seed, epoch, len(self.train))
++ vars(self).setdefault("order", self.permutation(self.cfg.seed, epoch, len(self.train)))
 
 23 given tokens are trained: rollouts.py
 - self.mask += [False] * n
@@ -255,7 +255,7 @@ MUTATIONS = r"""
 + table.reward[i] = sum(row.rewards.values()) / len(row.rewards)
 
 25 shuffle without a seed: tasks.py
-- random.Random(f"{self.cfg.seed}/epoch {epoch}")
+- random.Random(f"{seed}/epoch {epoch}")
 + random
 
 25 sampling without a seed: generator.py
