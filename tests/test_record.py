@@ -193,7 +193,7 @@ def test_what_is_being_written_is_awaited_after_a_signal(tmp_path, phase, waits)
     start = time.monotonic()
     process.send_signal(signal.SIGTERM)
     rest = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and ("written" in rest) == waits, (said, rest)
+    assert process.returncode == 1 and ("written\n" in rest) == waits, (said, rest)
     assert time.monotonic() - start < 10
 
 
