@@ -14,6 +14,7 @@ import time
 import torch
 import torch.distributed as dist
 
+import report
 from engine import TESTED, Engine
 from rollouts import Rollouts, Row, from_rows
 from runtime import UserError
@@ -334,8 +335,8 @@ class Generator:
             rows = [] if self.world.stopping else self.complete.pop(step, [])
             rows.sort(key=lambda r: r.key)
             table = from_rows(rows, names)
-            samples = [sample(i, row) for i, row in enumerate(rows[: self.cfg.log_samples])]
-            table.info = {**self.report(), "samples": samples}
+            samples = report.telling([sample(i, row) for i, row in enumerate(rows)])
+            table.info = {**self.report(), "samples": samples[: self.cfg.log_samples]}
             table.info["refills"] = self.refills.pop(step, [])
             return table
 
@@ -396,6 +397,7 @@ def sample(i: int, row: Row) -> dict:
     problem = {k: v for k, v in row.episode.problem.items() if k != "tokens"}
     about = {"slot": row.slot, "reply": row.reply, "finished": row.finished}
     told = {"problem": problem, "turns": row.episode.turns, "rewards": row.rewards}
+    about["surprise"] = -sum(row.logprobs) / max(sum(row.mask), 1)  # nats per sampled token
     return {"row": i, **about, "version": max(row.version), **told}
 
 

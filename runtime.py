@@ -23,6 +23,7 @@ from operator import ge, gt, le, lt
 import torch
 import torch.distributed as dist
 
+import report
 from record import Run, is_checkpoint
 
 LONG = datetime.timedelta(hours=24)  # groups never time out by themselves: a long reply is no fault
@@ -51,6 +52,7 @@ def settings(config_class, argv: list[str]):
     how = {"exit_on_error": False, "allow_abbrev": False}
     parser = jsonargparse.ArgumentParser("torchrun SCRIPT", description=config_class.__doc__, **how)
     parser.add_argument("--config", action="config", help="YAML file with settings")
+    parser.add_argument("--help-metrics", action=report.HelpMetrics)
     meaning, names = setting_help(config_class), [f.name for f in dataclasses.fields(config_class)]
     for f in dataclasses.fields(config_class):
         about = meaning.get(f.name, "")
@@ -262,6 +264,7 @@ class World:
         """
         now, name = time.monotonic() + self.since_epoch, name or self.phase
         self.clock[name] = self.clock.get(name, 0.0) + now - self.border
+        report.note_engine(self.spans, name, self.border, now)
         self.border = now
 
     @contextlib.contextmanager
@@ -328,6 +331,8 @@ def launch(main, config_class, check):
         cfg = settings(config_class, sys.argv[1:])
         world = make_world(cfg)
         check(cfg, world)
+        if problem := report.problem(cfg):
+            raise UserError(problem)
         if cfg.resume not in ("no", "auto") and not is_checkpoint(pathlib.Path(cfg.resume)):
             raise UserError(f"resume={cfg.resume}: not a checkpoint; give its folder, auto or no")
     except UserError as error:

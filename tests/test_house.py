@@ -13,7 +13,7 @@ from runtime import setting_help
 
 CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "report")
 MAY_IMPORT = {
-    "runtime": {"record"},
+    "runtime": {"record", "report"},
     "record": {"report"},
     "report": {"rollouts"},
     "losses": set(),
@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "model": {"runtime"},
     "trainer": {"runtime", "rollouts", "model"},
     "engine": {"runtime"},
-    "generator": {"runtime", "rollouts", "tasks", "engine"},
+    "generator": {"runtime", "rollouts", "tasks", "engine", "report"},
     "weights": set(),  # it is handed the trainer and the generator
     "data": {"runtime", "rollouts", "tasks"},
     "grpo": set(CORE) - {"sft"},
