@@ -208,8 +208,9 @@ def open_sink(name: str, run, first: int):
     if name == "trackio":
         sink.init(project="nanoforge", **about)
         return lambda line: sink.log(line, step=line["step"]), sink.finish
-    off = ("disable_code", "disable_git", "x_disable_meta", "x_disable_stats")  # and no console
-    quiet = sink.Settings(console="off", **dict.fromkeys(off, True))
+    # Metrics and settings go there: no console, code, git state, machine or list of packages.
+    off = dict.fromkeys(("disable_code", "disable_git", "x_disable_meta", "x_disable_stats"), True)
+    quiet = sink.Settings(console="off", x_save_requirements=False, **off)
     sink.init(project="nanoforge", dir=str(run.folder), settings=quiet, **about)
     # Its own count of steps refuses an evaluation that comes after a later step.
     sink.define_metric("*", step_metric="step")

@@ -14,7 +14,8 @@ import time
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PROGRAM = next(filter(None, map(shutil.which, NAMES)), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run", "--hide-scrollbars"]
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+FLAGS += ["--no-first-run", "--hide-scrollbars"]
 
 
 class Browser:
@@ -28,10 +29,10 @@ class Browser:
             os.dup2(low, 3), os.dup2(high, 4)
 
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        how = {"preexec_fn": descriptors, "close_fds": False, **quiet}
+        how["env"] = {**os.environ, "HOME": str(profile)}
         command = [PROGRAM, *FLAGS, f"--user-data-dir={profile}"]
-        self.process = subprocess.Popen(
-            command, close_fds=False, preexec_fn=descriptors, env=_environment(profile), **quiet
-        )
+        self.process = subprocess.Popen(command, **how)
         os.close(ours[0]), os.close(theirs[1])
         self.write, self.read = ours[1], os.fdopen(theirs[0], "rb")
         self.number, self.said, self.session, self.loaded = 0, [], None, False
@@ -94,10 +95,9 @@ class Browser:
     def picture(self, path: pathlib.Path, section: str = ""):
         """A PNG of the whole page, or of the element with that id."""
         box = f"document.getElementById('{section}')" if section else "document.documentElement"
-        names = "x y width height".split()
-        values = self.run(
-            f"(b => [b.x + scrollX, b.y + scrollY, b.width, b.height])({box}.getBoundingClientRect())"
-        )
+        names = ["x", "y", "width", "height"]
+        sides = "(b) => [b.x + scrollX, b.y + scrollY, b.width, b.height]"
+        values = self.run(f"({sides})({box}.getBoundingClientRect())")
         clip = {**dict(zip(names, values)), "scale": 1}
         how = {"captureBeyondViewport": True, "clip": clip}
         data = self.call("Page.captureScreenshot", **how)["data"]
@@ -108,10 +108,6 @@ class Browser:
         self.process.terminate()
         self.process.wait()
         self.read.close()
-
-
-def _environment(home: pathlib.Path) -> dict:
-    return {**os.environ, "HOME": str(home)}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, lines, logs, run, torchrun, trace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from report import load_rollouts
+from report import load_rollouts, metrics
 
 TIMES = ("_s", "per_second")  # endings of the metrics that are times
 SMALL = ["--prompts_per_step=6", "--group_size=4", "--eval_size=12"]
@@ -137,10 +137,17 @@ def test_evaluations_name_their_version(twice):
     assert all(0 <= x["eval_stderr"] < 0.2 for x in evals)
 
 
+def test_every_metric_of_a_run_is_documented(twice):
+    rows, _ = metrics()
+    documented = {name.strip("`") for names, *_ in rows for name in names.split(", ")}
+    keys = {key for line in lines(twice[0]) for key in line} - {"step"}
+    assert keys <= documented and len(keys) > 25, keys - documented
+
+
 def test_what_a_run_leaves_behind(twice):
     folder = twice[0]
     files = ["config.yaml", "metrics.jsonl", "samples.jsonl", "trace.json", "curves.png"]
-    for name in [*files, "checkpoints/step-2"]:
+    for name in [*files, "report.html", "checkpoints/step-2"]:
         assert (folder / name).exists(), name
     assert "vllm" in (folder / "config.yaml").read_text()
     sample = lines(folder, "samples.jsonl")[0]
