@@ -6,7 +6,6 @@ python report.py runs/a [runs/b ...] [--out=FILE.html]    # one page for a run, 
 import argparse
 import collections
 import contextlib
-import html
 import importlib.util
 import json
 import math
@@ -66,10 +65,8 @@ def load_rollouts(folder: str | pathlib.Path) -> Rollouts:
     order = sorted(range(len(key)), key=key.__getitem__)
     table = Rollouts()
     for name, values in columns.items():
-        if name.startswith("rewards/"):
-            table.rewards[name.removeprefix("rewards/")] = values[order]
-        else:
-            setattr(table, name, values[order])
+        column, _, reward = name.partition("/")
+        (table.rewards if reward else vars(table))[reward or column] = values[order]
     return table
 
 
@@ -113,9 +110,8 @@ def curves(folder: pathlib.Path):
     figure, axis = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
     axis.plot([r["step"] for r in rows], [r[key] for r in rows], label=f"{key} (sampled)")
     if evals:
-        step, mean, error = ([e[k] for e in evals] for k in ("step", "eval_reward", "eval_stderr"))
-        judged = f"held-out {judged_by(rows[-1])}"
-        axis.errorbar(step, mean, error, marker="o", capsize=2, label=judged)
+        points = ([e[k] for e in evals] for k in ("step", "eval_reward", "eval_stderr"))
+        axis.errorbar(*points, marker="o", capsize=2, label=f"held-out {judged_by(rows[-1])}")
     if heldout := [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]:
         axis.plot(*zip(*heldout), "o-", label="held-out loss")
     top = max(r[key] for r in rows)
@@ -124,9 +120,6 @@ def curves(folder: pathlib.Path):
     axis.legend(frameon=False)
     figure.savefig(folder / "curves.png", dpi=150)
     plt.close(figure)
-
-
-# ---------------------------------------------------------------- names
 
 
 def metrics() -> tuple[list[list[str]], str]:
@@ -141,13 +134,12 @@ class HelpMetrics(argparse.Action):
     """--help-metrics prints every metric with its meaning, and ends."""
 
     def __init__(self, option_strings, dest, **_):
-        about = "what the metrics mean, and exit"
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=about)
+        super().__init__(option_strings, dest, nargs=0, help="what the metrics mean, and exit")
 
     def __call__(self, *_):
         rows, about = metrics()
         rows = ["{}\n  {}\n  healthy: {}; else: {}\n".format(*row) for row in rows]
-        print("".join(rows).replace("`", "") + "\n" + about, end="")
+        print("\n".join([*rows, about]).replace("`", ""))
         sys.exit(0)
 
 
@@ -212,8 +204,7 @@ def open_sink(name: str, run, first: int):
     off = dict.fromkeys(("disable_code", "disable_git", "x_disable_meta", "x_disable_stats"), True)
     quiet = sink.Settings(console="off", x_save_requirements=False, **off)
     sink.init(project="nanoforge", dir=str(run.folder), settings=quiet, **about)
-    # Its own count of steps refuses an evaluation that comes after a later step.
-    sink.define_metric("*", step_metric="step")
+    sink.define_metric("*", step_metric="step")  # its own refuses an evaluation that comes later
     return sink.log, sink.finish
 
 
@@ -335,8 +326,7 @@ def timeline(path: pathlib.Path) -> dict[str, list[list]]:
         text = f.read(TRACE)
         gap = f.seek(max(len(text), path.stat().st_size - TRACE)) - len(text)
         lines = (text + (b"\n" if gap else b"") + f.read()).splitlines()
-    whole = [x[:-1] for x in lines if x.startswith(b'{"pid"') and x.endswith(b"},")]  # not cut
-    events = [json.loads(x) for x in whole]
+    events = [json.loads(x[:-1]) for x in lines if x.startswith(b'{"pid"') and x.endswith(b"},")]
     roles = sorted({e["args"]["name"]: e["pid"] for e in events if e["ph"] == "M"}.items())
     shown = {p: name for name, p in roles if [n[0] for n, q in roles if q < p].count(name[0]) < 6}
     events = [e for e in events if e["ph"] == "X" and e["pid"] in shown]
@@ -358,20 +348,15 @@ def read_run(folder: pathlib.Path) -> dict:
     if not steps:
         raise ValueError(f"{folder}/metrics.jsonl: no step in it yet")
     about = "".join(line[2:] for line in config.splitlines(True) if line.startswith("# "))
-    return {
-        "name": str(folder),
-        "settings": yaml.safe_load(config),
-        "about": yaml.safe_load(about),
-        "columns": columns(lines),
-        "samples": samples(folder / "samples.jsonl", steps[-1]),
-        "timeline": timeline(folder / "trace.json"),
-    }
+    settings = yaml.load(config, yaml.BaseLoader)  # as text: a NaN is no JSON
+    run = {"name": str(folder), "settings": settings, "about": yaml.load(about, yaml.BaseLoader)}
+    run |= {"columns": columns(lines), "timeline": timeline(folder / "trace.json")}
+    return {**run, "samples": samples(folder / "samples.jsonl", steps[-1])}
 
 
 def grouped(runs: list[dict]) -> tuple[list[dict], list[str]]:
-    """Runs that differ in nothing but OWN make a group, whose label says what sets it apart.
-
-    Also returns the names of the settings that are not the same in all groups.
+    """Runs that differ in nothing but OWN make a group, whose label says what sets it apart. Also
+    the names of the settings that are not the same in all groups.
     """
     groups = collections.defaultdict(list)  # settings, as JSON -> numbers of the runs
     for i, run in enumerate(runs):
@@ -380,10 +365,8 @@ def grouped(runs: list[dict]) -> tuple[list[dict], list[str]]:
     each = [json.loads(key) for key in groups]
     names = sorted(set().union(*each))
     differ = [k for k in names if any(s.get(k) != each[0].get(k) for s in each)]
-    out = [{"runs": members, "label": runs[members[0]]["name"]} for members in groups.values()]
-    for group, s in zip(out, each):
-        group["label"] = ", ".join(f"{k}={s.get(k)}" for k in differ) or group["label"]
-    return out, differ
+    labels = [", ".join(f"{k}={s.get(k)}" for k in differ) or runs[0]["name"] for s in each]
+    return [{"label": x, "runs": members} for x, members in zip(labels, groups.values())], differ
 
 
 def write_page(folders: list[pathlib.Path], out: pathlib.Path):
@@ -393,15 +376,13 @@ def write_page(folders: list[pathlib.Path], out: pathlib.Path):
     runs = [read_run(folder) for folder in folders]
     groups, differ = grouped(runs)
     data = {"runs": runs, "groups": groups, "differ": differ, "metrics": metrics()[0]}
-    data["written"] = time.strftime("%Y-%m-%d %H:%M")
-    data = json.dumps(data, default=str, allow_nan=False)  # ASCII: no U+2028 either
-    parts = {file.name: file.read_text() for file in ASSETS.iterdir()}
-    parts["title"] = html.escape(" and ".join(run["name"] for run in runs))
+    data = json.dumps({**data, "written": time.strftime("%Y-%m-%d %H:%M")}, allow_nan=False)
+    parts = {file.name: file.read_text("utf-8") for file in ASSETS.iterdir()}
     parts["data"] = re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", data)
     parts["nonce"] = secrets.token_hex()
     page = re.sub(r"{{([\w.]+)}}", lambda found: parts[found[1]], parts["page.html"])
     partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(page)
+    partial.write_text(page, "utf-8")
     partial.replace(out)
 
 

@@ -396,6 +396,7 @@ function settings() {
 
 // ---------------------------------------------------------------- all of it
 
+document.title = document.querySelector("h1").textContent = runs.map((run) => run.name).join(", ");
 at("about").append(`Written ${data.written} after step ${Math.max(...runs.map((run) => run.columns.loss[0].at(-1)))}. `);
 at("results").append(results());
 const boxes = curves();
