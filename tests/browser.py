@@ -120,7 +120,7 @@ if __name__ == "__main__":
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--section", default="")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         browser = Browser(pathlib.Path(folder))
         browser.open(args.page, args.width, dark=args.dark, phone=args.width < 600)
         browser.picture(args.out, args.section)

@@ -207,7 +207,7 @@ function curves() {
   const note = [];
   if (width > 1) note.push(`Each point is the mean of ${width} steps (of a metric in _max, the largest).`);
   if (groups.some((g) => g.runs.length > 1)) note.push("Lines are means over seeds, bands go from the lowest to the highest.");
-  else note.push("The band of held-out reward is its standard error.");
+  else if (runs[0].columns.eval_reward) note.push("The band of held-out reward is its standard error.");
   note.push("Drag to zoom, double-click to go back.");
   at("curves-note").textContent = note.join(" ");
   if (groups.length > 1) at("charts").before(...groups.map((g, i) => key(colour(i), g.label)));
@@ -285,7 +285,7 @@ function drawLanes(found, longest, width) {
 
 function timeline() {
   const shown = groups.map((g) => [g.label, runs[g.runs[0]].timeline]).filter(([, t]) => t.early && t.early.length);
-  if (!shown.length) return at("timeline").append(make("p", "note", "There is no trace.json here."));
+  if (!shown.length) return at("timeline").append(make("p", "note", "There are no spans in trace.json yet."));
   at("timeline").append(make("p", "note", "What every rank does over a few steps, all on one scale of time. With max_policy_age=0 engines and trainers take turns; with 1 the engines generate the next batch while the trainers train. The whole run: open trace.json in Perfetto."));
   const bar = make("div", "bar"), place = make("div");
   const show = (when) => {
@@ -343,7 +343,7 @@ function sample(s) {
 
 function samples() {
   const steps = [...new Set(runs.flatMap((run) => Object.keys(run.samples).map(Number)))].sort((a, b) => a - b);
-  if (!steps.length) return at("samples").append(make("p", "note", "There is no samples.jsonl here."));
+  if (!steps.length) return at("samples").append(make("p", "note", "There are no samples: nothing was generated."));
   at("samples").append(make("p", "note", "Of each step the best and the worst reply by reward, and the one that was least likely to the policy (surprise: nats per token)."));
   const bar = make("div", "bar"), place = make("div", "columns");
   const range = make("input"), label = make("b");
