@@ -11,6 +11,7 @@ import time
 import torch
 import torch.distributed as dist
 
+import report
 from engine import TESTED, Engine
 from rollouts import Rollouts, Row, from_rows
 from runtime import UserError
@@ -293,8 +294,8 @@ class Generator:
             rows = [] if self.world.stopping else self.complete.pop(step, [])
             rows.sort(key=lambda r: r.key)
             table = from_rows(rows, names)
-            samples = [sample(i, row) for i, row in enumerate(rows[: self.cfg.log_samples])]
-            table.info = {**self.report(), "samples": samples}
+            samples = report.telling([sample(i, row) for i, row in enumerate(rows)])
+            table.info = {**self.report(), "samples": samples[: self.cfg.log_samples]}
             table.info["refills"] = self.refills.pop(step, [])
             return table
 
@@ -331,6 +332,7 @@ def sample(i: int, row: Row) -> dict:
     """A row as it stands in samples.jsonl; `gather` adds its advantage."""
     problem = {k: v for k, v in row.episode.problem.items() if k != "tokens"}
     out = {"row": i, "slot": row.slot, "reply": row.reply, "finished": row.finished}
+    out["surprise"] = -sum(row.logprobs) / max(sum(row.mask), 1)  # nats per sampled token
     out |= {"version": max(row.version), "problem": problem}
     return {**out, "turns": row.episode.turns, "rewards": row.rewards}
 

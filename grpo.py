@@ -112,7 +112,9 @@ class Config:
     stop_seconds: float = 8.0  # a step longer than this is cut short by Ctrl-C, unsaved
     resume: str = "no"  # no, auto (newest checkpoint of run_dir), or a checkpoint's folder
     save_rollouts: bool = False  # keep every step's table in run_dir/rollouts/
-    log_samples: int = 2  # rows of each engine and step that go to samples.jsonl
+    log_samples: int = 3  # rows of each engine and step for samples.jsonl: best, worst, surprising
+    log_to: str = ""  # tensorboard, wandb, trackio, or several with commas, besides the run folder
+    profile_steps: str = ""  # torch's profile of a step, 3, or of some, 3-5: run_dir/profile/
 
 
 def check(cfg: Config, world):

@@ -43,6 +43,7 @@ class Run:
         self.log_file = self.folder / "log" / f"rank{world.rank}.log"
         log = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)  # torch's, vLLM's and our own chatter, C++ included
+        self.live = report.Live(self)
         if world.writes:
             self.write_config()
 
@@ -203,6 +204,7 @@ class Run:
 
     def log(self, step: int, metrics: dict, rollouts):
         """Write one step: metrics, samples, evaluations, spans of all ranks. No collective."""
+        self.live.before(step + 1)
         if metrics and getattr(self.cfg, "save_rollouts", False) and len(rollouts):
             part = f"rollouts/{step}/rank{self.world.rank}.safetensors"
             report.save_rollouts(rollouts, self.folder / part)
@@ -214,7 +216,7 @@ class Run:
             for note in info.get("notes", []):
                 self.say(note)
             role = "generator" if info["rank"] in self.world.generator_ranks else "trainer"
-            report.append_spans(self.folder / "trace.json", role, info["rank"], info["spans"])
+            report.append_spans(self.folder, role, info, step)
             for part in info.get("evals", []):
                 self.evaluation(**part)
         if metrics:
@@ -222,7 +224,7 @@ class Run:
             line = {"step": step, **metrics, **times, **rate}
             self.rows.append(line)
             self.tokens += metrics["tokens"]
-            self.append("metrics.jsonl", line)
+            self.live.log(line)  # to metrics.jsonl, and where log_to says
             if self.bar is None:
                 where = {"file": self.screen, "dynamic_ncols": True}
                 self.bar = tqdm(total=self.cfg.steps, initial=step, unit="step", **where)
@@ -237,7 +239,7 @@ class Run:
             mean, spread = statistics.fmean(have), statistics.stdev(have) if of > 1 else 0.0
             self.evals[version] = mean, spread / of**0.5
             line = {"step": version, "eval_reward": mean, "eval_stderr": spread / of**0.5}
-            self.append("metrics.jsonl", {**line, "eval_rows": of})
+            self.live.log({**line, "eval_rows": of})
 
     def finish(self, says: bool = True):
         """The bar's end, the curves, and the table that a person reads: once, whoever asks. Where
@@ -251,9 +253,9 @@ class Run:
                 self.bar.close()
                 self.bar = None
             spent = self.tokens, time.time() - self.started
-            report.curves(self.folder)
             if says:
                 self.say(report.end_table(self.folder, self.rows, self.evals, *spent))
+            self.live.close()
 
 
 def is_checkpoint(folder: pathlib.Path) -> bool:

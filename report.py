@@ -1,17 +1,36 @@
-"""How a run is shown: bar, end table, trace, curves of metrics.jsonl; tables kept on disk.
+"""How a run is shown: bar, end table, trace, curves, report.html, live sinks; tables kept on disk.
 
-python report.py runs/grpo
+python report.py runs/a [runs/b ...] [--out=FILE.html]    # one page for a run, or for several
 """
 
+import argparse
+import collections
+import contextlib
+import importlib.util
 import json
+import math
 import pathlib
+import re
+import secrets
+import statistics
 import sys
+import time
+import traceback
 
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors.torch import load_file, save_file
 
 from rollouts import Rollouts
+
+ASSETS = pathlib.Path(__file__).parent / "assets/report"
+SINKS = ("tensorboard", "wandb", "trackio")  # of --log_to; also the names of their packages
+# Settings in which the runs of a group may differ: their curves are drawn as one, with its spread.
+OWN = {"seed", "run_dir", "resume", "log_to", "profile_steps"}
+# How much of a long run report.html shows: points of a curve, steps with samples, characters of a
+# turn, steps of a timeline, and bytes at either end of trace.json in which these are looked for.
+POINTS, SAMPLED, LONGEST, WINDOW, TRACE = 1000, 60, 4000, 4, 2_000_000
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
@@ -46,10 +65,8 @@ def load_rollouts(folder: str | pathlib.Path) -> Rollouts:
     order = sorted(range(len(key)), key=key.__getitem__)
     table = Rollouts()
     for name, values in columns.items():
-        if name.startswith("rewards/"):
-            table.rewards[name.removeprefix("rewards/")] = values[order]
-        else:
-            setattr(table, name, values[order])
+        column, _, reward = name.partition("/")
+        (table.rewards if reward else vars(table))[reward or column] = values[order]
     return table
 
 
@@ -75,19 +92,9 @@ def end_table(folder: pathlib.Path, rows: list[dict], evals: dict, tokens: float
         lines.append((f"held-out {judged_by(rows[-1])}", f"{before} before, {after} after"))
     speed = f"{tokens / seconds:,.0f} tokens per second"
     lines.append(("time", f"{seconds / 60:.1f} minutes, {speed}"))
-    lines.append(("results", f"{folder}/ (curves.png, metrics.jsonl, samples.jsonl)"))
+    lines.append(("results", f"{folder}/ (report.html, metrics.jsonl, samples.jsonl)"))
     width = max(len(name) for name, _ in lines)
     return "\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in lines)
-
-
-def append_spans(path: pathlib.Path, role: str, rank: int, spans: list[tuple[str, float, float]]):
-    """A rank's (name, start, end) in the Chrome trace format, whose last bracket is optional."""
-    events = [{"name": "process_name", "ph": "M", "args": {"name": f"{role} {rank}"}}]
-    for name, start, end in spans:  # in microseconds
-        events.append({"name": name, "ph": "X", "ts": start * 1e6, "dur": (end - start) * 1e6})
-    with open(path, "a") as f:
-        f.write("[\n" if f.tell() == 0 else "")
-        f.writelines(json.dumps({**e, "pid": rank, "tid": 0}) + ",\n" for e in events)
 
 
 def curves(folder: pathlib.Path):
@@ -103,17 +110,10 @@ def curves(folder: pathlib.Path):
     figure, axis = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
     axis.plot([r["step"] for r in rows], [r[key] for r in rows], label=f"{key} (sampled)")
     if evals:
-        step, mean, error = ([e[k] for e in evals] for k in ("step", "eval_reward", "eval_stderr"))
-        axis.errorbar(
-            step, mean, error, marker="o", capsize=2, label=f"held-out {judged_by(rows[-1])}"
-        )
-    if heldout := [r for r in rows if "eval_loss" in r]:
-        axis.plot(
-            [r["step"] for r in heldout],
-            [r["eval_loss"] for r in heldout],
-            "o-",
-            label="held-out loss",
-        )
+        points = ([e[k] for e in evals] for k in ("step", "eval_reward", "eval_stderr"))
+        axis.errorbar(*points, marker="o", capsize=2, label=f"held-out {judged_by(rows[-1])}")
+    if heldout := [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]:
+        axis.plot(*zip(*heldout), "o-", label="held-out loss")
     top = max(r[key] for r in rows)
     axis.set(xlabel="step", ylim=(0, 1.02) if key == "reward" and top <= 1 else (0, None))
     axis.grid(alpha=0.3)
@@ -122,5 +122,278 @@ def curves(folder: pathlib.Path):
     plt.close(figure)
 
 
+def metrics() -> tuple[list[list[str]], str]:
+    """metrics.md, the one place that says what the metrics mean: its rows [names, means, healthy,
+    else], and what it says of names below them.
+    """
+    table, about = (ASSETS / "metrics.md").read_text().split("\n\n")
+    return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]], about
+
+
+class HelpMetrics(argparse.Action):
+    """--help-metrics prints every metric with its meaning, and ends."""
+
+    def __init__(self, option_strings, dest, **_):
+        super().__init__(option_strings, dest, nargs=0, help="what the metrics mean, and exit")
+
+    def __call__(self, *_):
+        rows, about = metrics()
+        rows = ["{}\n  {}\n  healthy: {}; else: {}\n".format(*row) for row in rows]
+        print("\n".join([*rows, about]).replace("`", ""))
+        sys.exit(0)
+
+
+# ---------------------------------------------------------------- while it runs
+
+
+def append_spans(folder: pathlib.Path, role: str, info: dict, step: int):
+    """A rank's (name, start, end), as it told them in the `gather` of `step`, in the Chrome trace
+    format, whose last bracket is optional.
+    """
+    about = {"pid": info["rank"], "tid": 0, "args": {"step": step}}  # `timeline` knows lines by it
+    name = {"name": f"{role} {info['rank']}"}
+    events = [{**about, "name": "process_name", "ph": "M", "args": name}]
+    for name, start, end in info["spans"]:  # in microseconds
+        times = {"ts": round(start * 1e6), "dur": round((end - start) * 1e6)}
+        events.append({**about, "name": name, "ph": "X", **times})
+    with open(folder / "trace.json", "a") as f:
+        f.write("[\n" if f.tell() == 0 else "")
+        f.writelines(json.dumps(e) + ",\n" for e in events)
+
+
+def note_engine(spans: list[tuple[str, float, float]], name: str, start: float, end: float):
+    """An engine's steps, and its waits between them, as one span as long as nothing else comes."""
+    if name in ("generate", "idle"):
+        if spans and spans[-1][0] == name:
+            start = spans.pop()[1]
+        spans.append((name, start, end))
+
+
+def problem(cfg) -> str:
+    """What is wrong with log_to or profile_steps, in a sentence; "" if nothing is."""
+    for name in filter(None, cfg.log_to.split(",")):
+        if name not in SINKS:
+            return f"log_to={cfg.log_to}: known are {', '.join(SINKS)}"
+        if importlib.util.find_spec(name) is None:
+            return f"log_to={name}: its package is not installed; type: pip install {name}"
+    first, last = profiled(cfg.profile_steps)
+    if cfg.profile_steps and not 1 <= first <= last < cfg.steps:
+        return f"profile_steps={cfg.profile_steps}: give 3 or 3-5, of 1 to steps - 1"
+    return ""
+
+
+def profiled(steps: str) -> tuple[int, int]:
+    """First and last step of "3" or "3-5"; (-1, -1) of anything else."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", steps)
+    return (int(found[1]), int(found[2] or found[1])) if found else (-1, -1)
+
+
+def open_sink(name: str, run, first: int):
+    """(log(line), close()) of a sink, whose package is imported here and nowhere else."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(run.folder / name, purge_step=first, flush_secs=10)
+        add = lambda line, name: board.add_scalar(name, line[name], line["step"])  # noqa: E731
+        return lambda line: [add(line, k) for k in line if k != "step"], board.close
+    sink, about = importlib.import_module(name), {"name": run.folder.name, "config": vars(run.cfg)}
+    if name == "trackio":
+        sink.init(project="nanoforge", **about)
+        return lambda line: sink.log(line, step=line["step"]), sink.finish
+    # Metrics and settings go there: no console, code, git state, machine or list of packages.
+    off = dict.fromkeys(("disable_code", "disable_git", "x_disable_meta", "x_disable_stats"), True)
+    quiet = sink.Settings(console="off", x_save_requirements=False, **off)
+    sink.init(project="nanoforge", dir=str(run.folder), settings=quiet, **about)
+    sink.define_metric("*", step_metric="step")  # its own refuses an evaluation that comes later
+    return sink.log, sink.finish
+
+
+class Live:
+    """What is made of a run while it goes on: metrics.jsonl, sinks, report.html, profiles.
+
+    But for metrics.jsonl, nothing in here ends the run: what fails is said, and left out.
+    """
+
+    def __init__(self, run):
+        self.run, self.profiler, self.sinks = run, None, {}  # name -> (log, close)
+        self.wanted = [name for name in run.cfg.log_to.split(",") if name]
+        self.draw_at = time.monotonic() + 20
+
+    @contextlib.contextmanager
+    def apart(self, what: str):
+        """An error inside is said on the screen, not raised."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.wanted = [name for name in self.wanted if name != what]
+            self.run.say(f"{what} failed ({type(error).__name__}: {error}); the run goes on")
+
+    def before(self, step: int):
+        """Every rank, between two steps: where a profile begins and ends."""
+        first, last = profiled(self.run.cfg.profile_steps)
+        with self.apart("profile"):
+            if self.profiler and step > last:
+                profiler, self.profiler = self.profiler, None
+                profiler.stop()
+                (self.run.folder / "profile").mkdir(exist_ok=True)
+                file = f"profile/steps-{first}-{last}-rank{self.run.world.rank}.json.gz"
+                profiler.export_chrome_trace(str(self.run.folder / file))
+            elif not self.profiler and first <= step <= last:
+                self.profiler = torch.profiler.profile()  # of the CPU, and CUDA where it is
+                self.profiler.start()
+
+    def log(self, line: dict):
+        """The writer, a step or an evaluation: its line goes to metrics.jsonl and to the sinks.
+
+        The page is drawn so seldom that it takes at most 1% of the time.
+        """
+        self.run.append("metrics.jsonl", line)
+        for name in list(self.wanted):
+            with self.apart(name):
+                self.sinks[name] = self.sinks.get(name) or open_sink(name, self.run, line["step"])
+                self.sinks[name][0](line)
+        if "loss" in line and time.monotonic() > self.draw_at:
+            self.draw()
+
+    def draw(self):
+        start = time.monotonic()
+        with self.apart("report.html"):
+            write_page([self.run.folder], self.run.folder / "report.html")
+        self.draw_at = start + max(20, 100 * (time.monotonic() - start))
+
+    def close(self):
+        self.draw()
+        with self.apart("curves.png"):
+            curves(self.run.folder)
+        for name in set(self.wanted) & self.sinks.keys():
+            with self.apart(name):
+                self.sinks[name][1]()
+
+
+# ---------------------------------------------------------------- report.html
+
+
+def telling(samples: list[dict]) -> list[dict]:
+    """The best, the worst and the most surprising sample first (`chosen` says which it is), then
+    the others. `surprise` is in nats per token: how unlikely the reply was to its own policy.
+    """
+    reward, surprise = (lambda s: sum(s["rewards"].values())), (lambda s: s["surprise"])
+    by = {"best": (max, reward), "worst": (min, reward), "surprising": (max, surprise)}
+    top = {what: end(samples, key=key) for what, (end, key) in by.items() if samples}
+    for s in samples:
+        s["chosen"] = [what for what in top if top[what] is s]
+    return sorted(samples, key=lambda s: [*top, ""].index([*s["chosen"], ""][0]))
+
+
+def columns(lines: list[dict]) -> dict[str, list[list]]:
+    """metrics.jsonl -> name: [steps, values]. In a long run several steps are a point: their mean,
+    for names in _max and _min the extreme. A value that is NaN or infinite becomes None.
+    """
+    width = math.ceil((lines[-1]["step"] + 1) / POINTS)
+    bins, out = collections.defaultdict(lambda: collections.defaultdict(list)), {}
+    for line in lines:
+        for name in line.keys() - {"step"}:
+            bins[name][line["step"] // width * width].append(line[name])
+    for name in sorted(bins):
+        join = {"_max": max, "_min": min}.get(name[-4:], statistics.fmean)
+        values = map(join, bins[name].values())
+        values = [float(f"{v:.5g}") if math.isfinite(v) else None for v in values]
+        out[name] = [list(bins[name]), values]
+    return out
+
+
+def samples(path: pathlib.Path, last: int) -> dict[int, list[dict]]:
+    """samples.jsonl -> step: its most telling samples, for some steps spread over the run."""
+    kept, by = {last * i // (SAMPLED - 1) for i in range(SAMPLED)}, collections.defaultdict(list)
+    with open(path) as f:
+        for line in f:  # a long run has too many to hold them all
+            step = re.match(r'{"step": (\d+), ', line)
+            if step and int(step[1]) in kept and line.endswith("\n"):
+                s = {"surprise": 0.0, **json.loads(line)}
+                s["prompt"], s["problem"] = s["problem"].get("prompt"), json.dumps(s["problem"])
+                over = f" ... (longer than {LONGEST} characters: see samples.jsonl)"
+                s["turns"] = [x if len(x) < LONGEST else x[:LONGEST] + over for x in s["turns"]]
+                by[s["step"]].append(s)
+    return {step: telling(some)[:3] for step, some in sorted(by.items())}
+
+
+def timeline(path: pathlib.Path) -> dict[str, list[list]]:
+    """trace.json -> what each rank did in a few early and in the latest steps: [rank, span, start
+    and length in milliseconds, step]. Of many ranks the first of either role are enough.
+    """
+    with open(path, "rb") as f:
+        text = f.read(TRACE)
+        gap = f.seek(max(len(text), path.stat().st_size - TRACE)) - len(text)
+        lines = (text + (b"\n" if gap else b"") + f.read()).splitlines()
+    events = [json.loads(x[:-1]) for x in lines if x.startswith(b'{"pid"') and x.endswith(b"},")]
+    roles = sorted({e["args"]["name"]: e["pid"] for e in events if e["ph"] == "M"}.items())
+    shown = {p: name for name, p in roles if [n[0] for n, q in roles if q < p].count(name[0]) < 6}
+    events = [e for e in events if e["ph"] == "X" and e["pid"] in shown]
+    told = sorted({e["args"]["step"] for e in events}) or [0]
+    out = {"early": told[min(2, len(told) - 1)], "latest": max(told[-1] - WINDOW, told[0])}
+    for when, first in out.items():
+        some = [e for e in events if first <= e["args"]["step"] <= first + WINDOW]
+        times = [((e["ts"] - some[0]["ts"]) / 1e3, e["dur"] / 1e3, e["args"]["step"]) for e in some]
+        out[when] = [[shown[e["pid"]], e["name"], *t] for e, t in zip(some, times)]
+    return out
+
+
+def read_run(folder: pathlib.Path) -> dict:
+    """What the page tells of a run. OSError if a file of the folder is missing, ValueError if there
+    is no step yet.
+    """
+    lines, config = read_lines(folder / "metrics.jsonl"), (folder / "config.yaml").read_text()
+    steps = [line["step"] for line in lines if "loss" in line]
+    if not steps:
+        raise ValueError(f"{folder}/metrics.jsonl: no step in it yet")
+    about = "".join(line[2:] for line in config.splitlines(True) if line.startswith("# "))
+    settings = yaml.load(config, yaml.BaseLoader)  # as text: a NaN is no JSON
+    run = {"name": str(folder), "settings": settings, "about": yaml.load(about, yaml.BaseLoader)}
+    run |= {"columns": columns(lines), "timeline": timeline(folder / "trace.json")}
+    return {**run, "samples": samples(folder / "samples.jsonl", steps[-1])}
+
+
+def grouped(runs: list[dict]) -> tuple[list[dict], list[str]]:
+    """Runs that differ in nothing but OWN make a group, whose label says what sets it apart. Also
+    the names of the settings that are not the same in all groups.
+    """
+    groups = collections.defaultdict(list)  # settings, as JSON -> numbers of the runs
+    for i, run in enumerate(runs):
+        same = {k: v for k, v in run["settings"].items() if k not in OWN}
+        groups[json.dumps(same, sort_keys=True)].append(i)
+    each = [json.loads(key) for key in groups]
+    names = sorted(set().union(*each))
+    differ = [k for k in names if any(s.get(k) != each[0].get(k) for s in each)]
+    labels = [", ".join(f"{k}={s.get(k)}" for k in differ) or runs[0]["name"] for s in each]
+    return [{"label": x, "runs": members} for x, members in zip(labels, groups.values())], differ
+
+
+def write_page(folders: list[pathlib.Path], out: pathlib.Path):
+    """One file that needs no other. A model wrote some of its text: in the data no character can
+    end the script, and the page's policy lets nothing run or load but what stands here.
+    """
+    runs = [read_run(folder) for folder in folders]
+    groups, differ = grouped(runs)
+    data = {"runs": runs, "groups": groups, "differ": differ, "metrics": metrics()[0]}
+    data = json.dumps({**data, "written": time.strftime("%Y-%m-%d %H:%M")}, allow_nan=False)
+    parts = {file.name: file.read_text("utf-8") for file in ASSETS.iterdir()}
+    parts["data"] = re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", data)
+    parts["nonce"] = secrets.token_hex()
+    page = re.sub(r"{{([\w.]+)}}", lambda found: parts[found[1]], parts["page.html"])
+    partial = out.with_name(f".{out.name}.partial")
+    partial.write_text(page, "utf-8")
+    partial.replace(out)
+
+
 if __name__ == "__main__":
-    curves(pathlib.Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Show a run, or compare several, in one page.")
+    parser.add_argument("runs", nargs="+", type=pathlib.Path, help="folders of runs")
+    parser.add_argument("--out", type=pathlib.Path, help="default: report.html in the first folder")
+    args = parser.parse_args()
+    out = args.out or args.runs[0] / "report.html"
+    try:
+        write_page(args.runs, out)
+    except (OSError, ValueError) as error:
+        sys.exit(f"report.py: {error}")
+    print(out)

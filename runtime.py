@@ -21,6 +21,7 @@ from operator import ge, gt, le, lt
 import torch
 import torch.distributed as dist
 
+import report
 from heartbeat import HEART, connect_store
 from record import Run, is_checkpoint
 
@@ -47,6 +48,7 @@ def settings(config_class, argv: list[str]):
     how = {"exit_on_error": False, "allow_abbrev": False}
     parser = jsonargparse.ArgumentParser("torchrun SCRIPT", description=config_class.__doc__, **how)
     parser.add_argument("--config", action="config", help="YAML file with settings")
+    parser.add_argument("--help-metrics", action=report.HelpMetrics)
     meaning = setting_help(config_class)
     for f in dataclasses.fields(config_class):
         about = meaning.get(f.name, "")
@@ -251,6 +253,7 @@ class World:
         """
         now, name = time.monotonic() + self.since_epoch, name or HEART.phase
         self.clock[name] = self.clock.get(name, 0.0) + now - self.border
+        report.note_engine(self.spans, name, self.border, now)
         self.border, HEART.moved = now, True
 
     @contextlib.contextmanager
@@ -310,6 +313,8 @@ def launch(main, config_class, check):
         names = ("num_generators", "tensor_parallel_size", "trainer_replicas")
         world = World(**{name: getattr(cfg, name) for name in names if hasattr(cfg, name)})
         check(cfg, world)
+        if problem := report.problem(cfg):
+            raise UserError(problem)
         if cfg.resume not in ("no", "auto") and not is_checkpoint(pathlib.Path(cfg.resume)):
             raise UserError(f"resume={cfg.resume}: not a checkpoint; give its folder, auto or no")
     except UserError as error:

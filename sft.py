@@ -63,6 +63,8 @@ class Config:
     stuck_seconds: float = 900.0  # most that an engine step or micro-batch may take; above 0
     stop_seconds: float = 8.0  # a step longer than this is cut short by Ctrl-C, unsaved
     resume: str = "no"  # no, auto (newest checkpoint of run_dir), or a checkpoint's folder
+    log_to: str = ""  # tensorboard, wandb, trackio, or several with commas, besides the run folder
+    profile_steps: str = ""  # torch's profile of a step, 3, or of some, 3-5: run_dir/profile/
 
 
 def check(cfg: Config, world):

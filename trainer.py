@@ -111,10 +111,10 @@ class Trainer:
                     weight = rows.weight[:, None]
                     parts |= {"entropy": (entropy * weight).sum(), "loss_sum": loss / count}
                     parts |= {"tokens": (rows.mask * weight).sum()}
-                    for name, value in parts.items():
+                    for k, value in parts.items():
                         value = value.detach().double()
-                        add = torch.maximum if name.endswith("_max") else torch.add
-                        sums[name] = add(sums[name], value) if name in sums else value
+                        add = {"_max": torch.maximum, "_min": torch.minimum}.get(k[-4:], torch.add)
+                        sums[k] = add(sums[k], value) if k in sums else value
                 # Without a token that counts nothing moves: not by momentum either.
                 if sampled_tokens(table):
                     norms.append(self.update())  # None: skipped
@@ -141,10 +141,10 @@ class Trainer:
         return float(total) / sampled_tokens(rollouts.all)
 
     def reduce(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-        """This rank's sums -> means per sampled token over all trainers. Names in `_max` are
-        maxima, in `_sum` and `_histogram` sums.
+        """This rank's sums -> means per sampled token over all trainers; `_max`, `_min`: extremes;
+        `_sum`, `_histogram`: sums; `x_std`, given the sum of x^2: the standard deviation of `x`.
         """
-        sums = dict(sorted(sums.items()))  # one order on every rank
+        sums = {k: -v if k[-4:] == "_min" else v for k, v in sorted(sums.items())}  # ranks agree
         values = torch.cat([v.flatten() for v in sums.values()]).to(self.world.device)
         total, top = values.clone(), values.clone()
         dist.all_reduce(total, group=self.world.trainers)
@@ -152,11 +152,14 @@ class Trainer:
         sizes = [v.numel() for v in sums.values()]
         out = {}
         for name, sum_, max_ in zip(sums, total.cpu().split(sizes), top.cpu().split(sizes)):
-            value = (max_ if name.endswith("_max") else sum_).tolist()
-            out[name] = value if name.endswith("_histogram") else value[0]
+            value = max_ if name.endswith("_max") else -max_ if name.endswith("_min") else sum_
+            out[name] = value.tolist() if name.endswith("_histogram") else value.item()
         tokens = max(out["tokens"], 1.0)
-        whole = ("tokens", "_max", "_sum", "_histogram")
-        return {k: v if k.endswith(whole) else v / tokens for k, v in out.items()}
+        whole = ("tokens", "_max", "_min", "_sum", "_histogram")
+        out = {k: v if k.endswith(whole) else v / tokens for k, v in out.items()}
+        for name in (k for k in out if k.endswith("_std")):
+            out[name] = max(out[name] - out[name.removesuffix("_std")] ** 2, 0.0) ** 0.5
+        return out
 
     def update(self) -> float | None:
         """Clip to `max_grad_norm` and step. Returns the norm before the clip; None if it is not

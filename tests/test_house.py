@@ -14,7 +14,7 @@ from runtime import setting_help
 CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "report")
 MAY_IMPORT = {
     "heartbeat": set(),
-    "runtime": {"record", "heartbeat"},
+    "runtime": {"record", "report", "heartbeat"},
     "record": {"report", "heartbeat"},
     "report": {"rollouts"},
     "losses": set(),
@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "trainer": {"runtime", "rollouts", "model"},
     "engine": {"runtime"},
     "workers": {"runtime", "rollouts", "tasks"},
-    "generator": {"runtime", "rollouts", "tasks", "engine", "workers"},
+    "generator": {"runtime", "rollouts", "tasks", "engine", "workers", "report"},
     "weights": set(),  # it is handed the trainer and the generator
     "data": {"runtime", "rollouts", "tasks"},
     "grpo": set(CORE) - {"sft"},

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, lines, logs, run, torchrun, trace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from report import load_rollouts
+from report import load_rollouts, metrics
 
 TIMES = ("_s", "per_second")  # endings of the metrics that are times
 SMALL = ["--prompts_per_step=6", "--group_size=4", "--eval_size=12"]
@@ -137,10 +137,20 @@ def test_evaluations_name_their_version(twice):
     assert all(0 <= x["eval_stderr"] < 0.2 for x in evals)
 
 
+def undocumented(folder):
+    """Names in metrics.jsonl that the table of metrics does not explain."""
+    explained = {name.strip("`") for names, *_ in metrics()[0] for name in names.split(", ")}
+    return {key for line in lines(folder) for key in line} - explained - {"step"}
+
+
+def test_every_metric_of_a_run_is_documented(twice):
+    assert not undocumented(twice[0])
+
+
 def test_what_a_run_leaves_behind(twice):
     folder = twice[0]
     files = ["config.yaml", "metrics.jsonl", "samples.jsonl", "trace.json", "curves.png"]
-    for name in [*files, "checkpoints/step-2"]:
+    for name in [*files, "report.html", "checkpoints/step-2"]:
         assert (folder / name).exists(), name
     assert "vllm" in (folder / "config.yaml").read_text()
     sample = lines(folder, "samples.jsonl")[0]
@@ -246,7 +256,7 @@ def test_a_full_disk(tmp_path):
 def test_sft_learns_and_its_model_loads(tmp_path):
     args = ["--steps=40", "--eval_every=20", "--eval_size=64", f"--run_dir={tmp_path}/r"]
     folder = good(run(2, "sft.py", *args), tmp_path / "r")
-    metrics = lines(folder)
-    assert metrics[0]["loss"] > 3 > 1.9 > metrics[-1]["loss"]
-    assert [x["step"] for x in metrics if "eval_loss" in x] == [19, 39]
+    rows = lines(folder)
+    assert rows[0]["loss"] > 3 > 1.9 > rows[-1]["loss"] and not undocumented(folder)
+    assert [x["step"] for x in rows if "eval_loss" in x] == [19, 39]
     AutoModelForCausalLM.from_pretrained(folder / "model")
