@@ -23,11 +23,9 @@ ENVIRONMENT = {
 
 @contextlib.contextmanager
 def subworld(ranks: list[int]):
-    """Inside, torch.distributed shows vLLM the generator ranks only.
-
-    vLLM makes no default group where there is one: it asks for its size and this rank, and calls
-    new_group, which every rank of the default group must join unless it synchronises locally.
-    """
+    """Inside, torch.distributed shows vLLM the generator ranks only. vLLM makes no default group
+    where there is one: it asks for its size and this rank, and calls new_group, which every rank of
+    the default group must join unless it synchronises locally."""
     size, rank, new_group = dist.get_world_size, dist.get_rank, dist.new_group
     me = ranks.index(rank())
 
@@ -148,8 +146,8 @@ def keep_linear_weights():
 
 def share_no_memory():
     """Tensor parallelism on a CPU goes through gloo, which vLLM takes where the ranks of a group
-    disagree on its shared memory's name. That is one for all jobs, and what stays fails the next.
-    """
+    disagree on its shared memory's name. That is one for all jobs, and what stays fails the
+    next."""
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
     _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: str(os.getpid()))

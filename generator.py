@@ -71,11 +71,9 @@ class Generator:
             self.engine.wake(part)
 
     def new_version(self):
-        """New weights are in. Running rows go on: remember which tokens are the old version's.
-
-        Rows that wait for their first token start again, so that no cache of the old weights is
-        under a row that is all of the new version.
-        """
+        """New weights are in. Running rows go on: remember which tokens are the old version's. Rows
+        that wait for their first token start again, so that no cache of the old weights is under a
+        row that is all of the new version."""
         self.version, self.loaded = self.version + 1, True
         if not self.world.generates:
             return
@@ -121,11 +119,9 @@ class Generator:
 
     def admit(self):
         """Take slots while this engine has a free place, and fewer rows than its share of a batch:
-        whoever is quick takes more, so that engines finish together.
-
-        Batch b is open once the weights have version b - max_policy_age, so that no token is
-        older than that when it is trained.
-        """
+        whoever is quick takes more, so that engines finish together. Batch b is open once the
+        weights have version b - max_policy_age, so that no token is older than that when it is
+        trained."""
         if not self.loaded:
             return
         share = self.cfg.prompts_per_step * self.cfg.group_size / len(self.world.engines)
@@ -141,8 +137,7 @@ class Generator:
 
     def take_slot(self, batch: int) -> int | None:
         """The next slot of a batch, None after the last: from a counter in torchrun's store, so
-        that engines finish together; `deterministic` deals them out.
-        """
+        that engines finish together; `deterministic` deals them out."""
         engines, taken = len(self.world.engines), self.taken.get(batch, 0)
         if self.cfg.deterministic or engines == 1:
             slot = taken * engines + self.world.engine
@@ -185,10 +180,9 @@ class Generator:
         self.queue.append((name, row.tokens, self.stops, sampling))
 
     def turn_ended(self, name: str, tokens: list[int], logprobs: list[float], reason: str):
-        """A turn came out of the engine: write it down, then ask the environment or the rewards.
-
-        A reply has finished if its EOS or the environment ended it, not if turns or tokens ran out.
-        """
+        """A turn came out of the engine: write it down, then ask the environment or the rewards. A
+        reply has finished if its EOS or the environment ended it, not if turns or tokens ran
+        out."""
         row = self.rows.pop(name)
         row.append_sampled(tokens, logprobs, self.version)
         ended = tokens[-1] in self.eos
@@ -198,10 +192,8 @@ class Generator:
         self.workers.ask(row, may_go_on)
 
     def apply_jobs(self):
-        """Take what the workers have finished: the next turn of a row, or its end.
-
-        With `deterministic` wait for all of it, so that the engine always sees the same rows.
-        """
+        """Take what the workers have finished: the next turn of a row, or its end. With
+        `deterministic` wait for all of it, so that the engine always sees the same rows."""
         answers = self.workers.answers(wait=self.cfg.deterministic)
         for row, reply in sorted(answers, key=lambda answer: answer[0].key):
             if reply is None:
@@ -224,11 +216,8 @@ class Generator:
     def completed(self, row: Row):
         """A row of training has its reward. When its group's are all equal, the slot draws another
         prompt, here and for the same batch, up to `max_refills` times (DAPO, arXiv 2503.14476,
-        section 3.2).
-
-        That is a bias, and the log shows it: batches leave out the prompts that are solved and
-        those that are hopeless, so their reward is not the task's.
-        """
+        section 3.2). That is a bias, and the log shows it: batches leave out the prompts that are
+        solved and those that are hopeless, so their reward is not the task's."""
         group = self.groups.setdefault((row.step, row.slot), [])
         group.append(row)
         if len(group) < self.cfg.group_size:
@@ -242,11 +231,8 @@ class Generator:
             self.complete.setdefault(row.step, []).extend(group)
 
     def run_until(self, done):
-        """Step the engine until `done()`.
-
-        The ranks of an engine act on one message a step, from the first of them: whether to stop,
-        and what to admit.
-        """
+        """Step the engine until `done()`. The ranks of an engine act on one message a step, from
+        the first of them: whether to stop, and what to admit."""
         while True:
             requests = [None]  # stop
             if self.world.leads:
@@ -277,10 +263,8 @@ class Generator:
 
     def collect(self, step: int) -> Rollouts:
         """Run until batch `step` is complete, rewards included; later batches stay in the engine.
-
-        Returns this engine's rows of the batch (whole groups), sorted. No rows on a rank without
-        an engine, or once the run was told to stop.
-        """
+        Returns this engine's rows of the batch (whole groups), sorted. No rows on a rank without an
+        engine, or once the run was told to stop."""
         names = [reward_name(f) for f in self.task.rewards]
         if not self.world.generates:
             return from_rows([], names)
@@ -305,11 +289,8 @@ class Generator:
         return told
 
     def finish_evaluation(self):
-        """The next weights wait for the rows that judge the present ones.
-
-        An evaluation is of one version; its standard error is over problems, whose samples are
-        averaged first.
-        """
+        """The next weights wait for the rows that judge the present ones. An evaluation is of one
+        version; its standard error is over problems, whose samples are averaged first."""
         if not self.world.generates:
             return
         self.run_until(lambda: self.world.stopping or not self.open.get(EVALUATION))

@@ -142,8 +142,14 @@ def check(cfg: Config, world):
     if not cfg.random_init and not has_weights(cfg.model):
         raise UserError(f"model={cfg.model}: a configuration, but no weights in this folder")
     config, longest = check_config(cfg.model), cfg.max_prompt_tokens + cfg.max_new_tokens
-    for path in frozen_models(cfg).values():
-        check_frozen(cfg, path)
+    for path in {*frozen_models(cfg).values()} - {cfg.model}:  # a reference, a teacher
+        check_config(path)
+        if not has_weights(path):
+            raise UserError(f"{path}: a configuration, but no weights in this folder")
+        both, safe = (cfg.model, path), {"trust_remote_code": False}
+        ours, theirs = (AutoTokenizer.from_pretrained(p, **safe).get_vocab() for p in both)
+        if ours != theirs:
+            raise UserError(f"{path}: its tokenizer is not that of model={cfg.model}")
     if longest > (most := getattr(config, "max_position_embeddings", longest)):
         what = f"max_prompt_tokens + max_new_tokens = {longest}"
         raise UserError(f"{what}, but {cfg.model} has {most} positions")
@@ -170,19 +176,6 @@ def frozen_models(cfg: Config) -> dict[str, str]:
     models = {"ref_logprobs": (cfg.reference or cfg.model) if cfg.kl_coef else ""}
     models["teacher_logprobs"] = cfg.teacher
     return {column: path.removeprefix("hf://") for column, path in models.items() if path}
-
-
-def check_frozen(cfg: Config, path: str):
-    """UserError if a reference or teacher has no weights, or tokens that are not the model's."""
-    check_config(path)
-    if path == cfg.model:
-        return
-    if not has_weights(path):
-        raise UserError(f"{path}: a configuration, but no weights in this folder")
-    paths, safe = (cfg.model, path), {"trust_remote_code": False}
-    ours, theirs = (AutoTokenizer.from_pretrained(p, **safe).get_vocab() for p in paths)
-    if ours != theirs:
-        raise UserError(f"{path}: its tokenizer is not that of model={cfg.model}, so tokens differ")
 
 
 def main(cfg: Config, world, run):

@@ -22,16 +22,14 @@ TICK, SILENT = 1.0, 15  # seconds between beats; beats that a stopped rank or a 
 
 
 class Heartbeat:
-    """What this rank says, and what it finds wrong with itself and others.
-
-    Time is counted in ticks of this thread, so that a laptop's sleep or a terminal's Ctrl-Z is no
-    fault. A rank is stuck when its main thread has not moved for its phase's limit, unless it
-    waits for others: then one of these is at fault.
-    """
+    """What this rank says, and what it finds wrong with itself and others. Time is counted in ticks
+    of this thread, so that a laptop's sleep or a terminal's Ctrl-Z is no fault. A rank is stuck
+    when its main thread has not moved for its phase's limit, unless it waits for others: then one
+    of these is at fault."""
 
     def __init__(self):
         names = "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
-        self.rank, self.size, here = (int(os.environ.get(name, "1")) for name in names)
+        self.rank, self.size, here = (int(os.environ.get(k, d)) for k, d in zip(names, "011"))
         first = self.rank // here * here
         self.local, self.parent = range(first, first + here), os.getppid()  # ranks of this node
         # Each rank looks at the next of its node, the first also at the next node as a whole.
@@ -49,8 +47,7 @@ class Heartbeat:
 
     def start(self):
         """Connect to torchrun's store, and beat until `end`. From here on signals go to a thread: a
-        main thread that is inside a collective never comes back to Python.
-        """
+        main thread that is inside a collective never comes back to Python."""
         self.store = connect_store(datetime.timedelta(seconds=10))
         if len(self.local) < self.size:  # nodes count their restarts each for itself
             self.attempt = (self.store.add("nanoforge/starts", 1) - 1) // self.size
@@ -88,8 +85,7 @@ class Heartbeat:
 
     def leave(self):
         """Before the loop there is nothing to save. Some rank's death may be why."""
-        if dead := self.dead():
-            self.say(dead)
+        self.say(self.dead())
         self.exit()
 
     def line(self, rank: int, phase: str, what: str) -> str:
@@ -98,9 +94,9 @@ class Heartbeat:
 
     def say(self, line: str):
         """A fault's last line, from the first rank that has something to say."""
-        first = self.rank == self.local[0]  # without a store
+        first = bool(line) and self.rank == self.local[0]  # without a store
         with contextlib.suppress(RuntimeError):
-            first = self.store is None or self.store.add(self.key("failures"), 1) == 1
+            first = line and (not self.store or self.store.add(self.key("failures"), 1) == 1)
         if first:  # a bar may have left its line open
             print(f"\n{line}", file=self.screen, flush=True)
 
@@ -158,8 +154,7 @@ class Heartbeat:
 
     def fail(self, rank: int, what: str, told: dict | None = None):
         """End a rank of this node that is at fault, and say so: torchrun then ends the others. This
-        one leaves where it is itself at fault, or lives on without a node.
-        """
+        one leaves where it is itself at fault, or lives on without a node."""
         if told and rank in self.local:
             with contextlib.suppress(ProcessLookupError, KeyError):  # it has just ended by itself
                 os.killpg(pids_of(self.parent)[rank], signal.SIGKILL)  # each rank is a group

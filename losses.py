@@ -13,11 +13,9 @@ import torch
 
 def group_advantages(rollouts, kind: str = "mean_std") -> torch.Tensor:
     """(N,) rewards -> (N, T) advantages: a row's number stands on each token the policy sampled.
-
     mean: r - mean of its group (Dr.GRPO, arXiv 2503.20783, section 3.2). mean_std: (r - mean) /
     (std + 1e-4), std unbiased (GRPO, arXiv 2402.03300, section 4.1.2). leave_one_out: r - mean of
-    the others (RLOO, arXiv 2402.14740). A group of one, and one of equal rewards: exactly 0.
-    """
+    the others (RLOO, arXiv 2402.14740). A group of one, and one of equal rewards: exactly 0."""
     _, group = torch.unique(rollouts.index, return_inverse=True)  # (N,) number of the row's group
     # In float64 the sum of equal float32 numbers is exact, so their mean is, and the difference 0.
     reward = rollouts.reward.double()
@@ -39,11 +37,9 @@ def equal_groups(table) -> torch.Tensor:
 
 
 def distilled(rollouts, cfg) -> torch.Tensor | None:
-    """On-policy distillation: (N, T) advantages with the teacher's part, one number per token.
-
-    log pi_teacher - log pi_generator is minus the reverse KL's estimate at that token (Agarwal et
-    al., arXiv 2306.13649; Lu et al., "On-policy distillation", 2025), with no view of the future.
-    """
+    """On-policy distillation: (N, T) advantages with the teacher's part, one number per token. log
+    pi_teacher - log pi_generator is minus the reverse KL's estimate at that token (Agarwal et al.,
+    arXiv 2306.13649; Lu et al., "On-policy distillation", 2025), with no view of the future."""
     if not cfg.teacher or not len(rollouts):
         return rollouts.advantage
     gain = (rollouts.teacher_logprobs - rollouts.logprobs) * rollouts.mask
@@ -52,11 +48,9 @@ def distilled(rollouts, cfg) -> torch.Tensor | None:
 
 
 def row_weights(rollouts, cfg) -> torch.Tensor:
-    """(N,) 0 or 1: whether a row counts, in the loss and in every divisor.
-
-    overlong=mask leaves out replies that were cut off (DAPO, arXiv 2503.14476, section 3.4);
-    equal_rewards=mask leaves out groups that teach nothing, which else dilute the divisor.
-    """
+    """(N,) 0 or 1: whether a row counts, in the loss and in every divisor. overlong=mask leaves out
+    replies that were cut off (DAPO, arXiv 2503.14476, section 3.4); equal_rewards=mask leaves out
+    groups that teach nothing, which else dilute the divisor."""
     weight = torch.ones(len(rollouts))
     if cfg.overlong == "mask":
         weight[~rollouts.finished] = 0.0
@@ -67,10 +61,8 @@ def row_weights(rollouts, cfg) -> torch.Tensor:
 
 
 def shares(rollouts, cfg) -> torch.Tensor:
-    """(N,) what each sampled token of a row counts in the loss's sum; 0 for rows of weight 0.
-
-    token and fixed: 1. sequence: 1 / tokens of the row. prompt: 1 / tokens of its group.
-    """
+    """(N,) what each sampled token of a row counts in the loss's sum; 0 for rows of weight 0. token
+    and fixed: 1. sequence: 1 / tokens of the row. prompt: 1 / tokens of its group."""
     count = rollouts.sampled * rollouts.weight.double()  # (N,) tokens
     if cfg.aggregation == "prompt":
         _, group = torch.unique(rollouts.index, return_inverse=True)
@@ -82,10 +74,8 @@ def shares(rollouts, cfg) -> torch.Tensor:
 
 def divisor(table, cfg) -> float:
     """What the sum of a mini-batch's loss is divided by, from the small columns of all its rows.
-
     token: sampled tokens (DAPO, eq. 8). sequence: rows (GRPO, eq. 3), whose tokens weigh less in a
-    long reply. prompt: groups. fixed: rows x max_new_tokens (Dr.GRPO, 3.2). Of weight 1 alone.
-    """
+    long reply. prompt: groups. fixed: rows x max_new_tokens (Dr.GRPO, 3.2). Of weight 1 alone."""
     counts = {
         "token": (table.sampled * table.weight).sum(),
         "sequence": table.weight.sum(),
@@ -97,8 +87,7 @@ def divisor(table, cfg) -> float:
 
 def old_logprobs(logprobs, rows, cfg) -> torch.Tensor:
     """(B, T) log-probs of the old policy: the generator's, or the trainer's at the batch's start
-    (decoupled PPO, arXiv 2110.00641, 2505.24298): the present ones in a batch's only update.
-    """
+    (decoupled PPO, arXiv 2110.00641, 2505.24298): the present ones in a batch's only update."""
     if cfg.old_policy == "generator":
         return rows.logprobs
     return logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs
@@ -111,10 +100,8 @@ def log_ratio(logprobs, rows, cfg) -> torch.Tensor:
 
 def correction(logprobs, rows, cfg) -> torch.Tensor:
     """(B, T) weights pi_old / pi_generator, without gradient: what the sampler did otherwise.
-
     truncate: at most `correction_cap` (TIS, Yao et al. 2025). mask: 0 outside [1 / cap, cap] (MIS;
-    IcePop, arXiv 2510.18855). Per sequence the ratio is the product over the row's tokens.
-    """
+    IcePop, arXiv 2510.18855). Per sequence the ratio is the product over the row's tokens."""
     if cfg.correction == "none":
         return logprobs.new_ones(())
     difference = (old_logprobs(logprobs.detach(), rows, cfg) - rows.logprobs) * rows.mask
@@ -139,16 +126,14 @@ def surrogate(ratio, rows, cfg) -> torch.Tensor:
 
 def grpo(logprobs: torch.Tensor, rows, cfg) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """PPO's clipped surrogate of ratio = pi / pi_old (GRPO, arXiv 2402.03300, eq. 3). By default
-    the generator is the old policy, so a token a version old has a true ratio.
-    """
+    the generator is the old policy, so a token a version old has a true ratio."""
     ratio = log_ratio(logprobs, rows, cfg).exp()
     return total(surrogate(ratio, rows, cfg), logprobs, rows, cfg), clip_fractions(ratio, rows, cfg)
 
 
 def dapo(logprobs, rows, cfg):
     """GRPO, where clip_high > clip_low gives rare tokens room (arXiv 2503.14476, eq. 8), and a
-    negative advantage has a floor at `dual_clip` x A (dual-clip PPO, arXiv 1912.09729).
-    """
+    negative advantage has a floor at `dual_clip` x A (dual-clip PPO, arXiv 1912.09729)."""
     ratio = log_ratio(logprobs, rows, cfg).exp()
     values = surrogate(ratio, rows, cfg)
     most = torch.minimum(values, -cfg.dual_clip * rows.advantage)
@@ -160,8 +145,7 @@ def dapo(logprobs, rows, cfg):
 
 def cispo(logprobs, rows, cfg):
     """-sg(clip(ratio, 1 - low, 1 + high)) A log pi: the weight is clipped, so that no token loses
-    its gradient (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
-    """
+    its gradient (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5)."""
     ratio = log_ratio(logprobs, rows, cfg).exp().detach()
     weight = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     values = -weight * rows.advantage * logprobs
@@ -170,11 +154,9 @@ def cispo(logprobs, rows, cfg):
 
 def gspo(logprobs, rows, cfg):
     """GRPO's clip on the ratio of the whole reply, s = exp(mean over its tokens of log ratio), in
-    the form with a gradient per token (arXiv 2507.18071, eq. 5, 7 and 13).
-
-    The clip is narrow. In bf16 the rounding of two programs, some 0.05 a token, passes it on short
-    replies: with --old_policy=trainer the ratio is free of that.
-    """
+    the form with a gradient per token (arXiv 2507.18071, eq. 5, 7 and 13). The clip is narrow. In
+    bf16 the rounding of two programs, some 0.05 a token, passes it on short replies: with
+    --old_policy=trainer the ratio is free of that."""
     tokens = rows.mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
     mean = log_ratio(logprobs, rows, cfg).sum(1, keepdim=True) / tokens
     own = logprobs - logprobs.detach()  # (B, T) exact zeros, with the gradient of log pi
@@ -184,8 +166,7 @@ def gspo(logprobs, rows, cfg):
 
 def sapo(logprobs, rows, cfg):
     """-(4 / tau) sigmoid(tau (ratio - 1)) A: a soft gate in place of the clip, whose gradient is
-    GRPO's at ratio 1 and fades on both sides; tau is larger for A < 0 (arXiv 2511.20347).
-    """
+    GRPO's at ratio 1 and fades on both sides; tau is larger for A < 0 (arXiv 2511.20347)."""
     ratio = log_ratio(logprobs, rows, cfg).exp()
     tau = torch.where(rows.advantage > 0, cfg.sapo_tau_positive, cfg.sapo_tau_negative)
     gate = torch.sigmoid(tau * (ratio - 1)) * 4 / tau
@@ -194,8 +175,7 @@ def sapo(logprobs, rows, cfg):
 
 def reinforce(logprobs, rows, cfg):
     """-sg(ratio) A log pi: REINFORCE (Williams 1992) with an importance weight and no clip. Its
-    gradient is that of the surrogate -ratio A.
-    """
+    gradient is that of the surrogate -ratio A."""
     ratio = log_ratio(logprobs, rows, cfg).exp().detach()
     return total(-ratio * rows.advantage * logprobs, logprobs, rows, cfg), {}
 
@@ -219,19 +199,16 @@ OWN = {
 def kl(logprobs: torch.Tensor, other: torch.Tensor, kind: str = "k3") -> torch.Tensor:
     """(B, T) estimates of KL(pi || other) from tokens that pi sampled (Schulman, "Approximating KL
     divergence", 2020), with d = log other - log pi. Tokens of an older policy are not reweighted.
-
     k1 = -d: unbiased, but as a loss its gradient is 0 on average. k2 = d^2 / 2: biased, but its
     gradient is the KL's. k3 = exp(d) - 1 - d: unbiased, never negative; its gradient is the KL's to
-    first order.
-    """
+    first order."""
     d = (other - logprobs).clamp(-20, 20)
     return {"k1": -d, "k2": d * d / 2, "k3": d.expm1() - d}[kind]
 
 
 def clip_fractions(ratio, rows, cfg, both: bool = False) -> dict[str, torch.Tensor]:
     """Tokens outside the clip whose gradient it removed: below with A < 0, above with A > 0. With
-    `both` the sign does not matter (CISPO caps, whatever the advantage).
-    """
+    `both` the sign does not matter (CISPO caps, whatever the advantage)."""
     low = (ratio < 1 - cfg.clip_low) & ((rows.advantage < 0) | both)
     high = (ratio > 1 + cfg.clip_high) & ((rows.advantage > 0) | both)
     keep = rows.mask * rows.weight[:, None]
@@ -242,10 +219,9 @@ HISTOGRAM = torch.logspace(-7, 2, 721, dtype=torch.float64)  # edges, 80 a decad
 
 
 def figures(logprobs: torch.Tensor, rows, cfg) -> dict[str, torch.Tensor]:
-    """What every policy loss should report, as sums over tokens; `_max` are maxima. The mismatch
-    is that of the trainer (before the batch's first update where that was kept) and the generator,
-    whose tokens these are: KL(generator || trainer) by k3.
-    """
+    """What every policy loss should report, as sums over tokens; `_max` are maxima. The mismatch is
+    that of the trainer (before the batch's first update where that was kept) and the generator,
+    whose tokens these are: KL(generator || trainer) by k3."""
     keep = rows.mask * rows.weight[:, None]  # (B, T) 1 where a token counts
     age = ((rows.index[:, None] >> 32) - rows.version) * keep  # in steps, sampling to training
     trainer = logprobs if rows.old_logprobs is None else rows.old_logprobs
@@ -283,11 +259,9 @@ def policy_loss(loss):
 
 
 def derived(metrics: dict) -> dict[str, float]:
-    """Means per token, as `Trainer.step` returns them -> the metrics that go to the log.
-
-    ess: effective sample size of the weights w = pi_trainer / pi_generator, as a share of the
-    tokens: mean(w)^2 / mean(w^2). mismatch_p95: of |log-prob difference|, to 3%.
-    """
+    """Means per token, as `Trainer.step` returns them -> the metrics that go to the log. ess:
+    effective sample size of the weights w = pi_trainer / pi_generator, as a share of the tokens:
+    mean(w)^2 / mean(w^2). mismatch_p95: of |log-prob difference|, to 3%."""
     out = dict(metrics)
     if "mismatch_histogram" in out:
         below = torch.tensor(out.pop("mismatch_histogram"), dtype=torch.float64).cumsum(0)

@@ -37,11 +37,9 @@ class Pack:
 
 
 def pack_rows(tokens, length, mask, device: str | torch.device = "cpu") -> Pack:
-    """Tokens (B, T), lengths (B,), wanted tokens (B, T) bool, on the host -> Pack on the device.
-
-    On a GPU P is one of few sizes, so that compiled functions see few shapes: rows that are about
-    even all get the same room, else what is missing is a row of its own.
-    """
+    """Tokens (B, T), lengths (B,), wanted tokens (B, T) bool, on the host -> Pack on the device. On
+    a GPU P is one of few sizes, so that compiled functions see few shapes: rows that are about even
+    all get the same room, else what is missing is a row of its own."""
     (b, t), device, room = tokens.shape, torch.device(device), length
     if device.type == "cuda":
         total, wide = int(length.sum()), few_sizes(t)
@@ -71,11 +69,9 @@ def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack = None, **kwargs):
     """Queries (1, H, P, D), keys and values (1, H_kv, P, D) -> (1, P, H, D), causal in each row.
-
     CUDA: cuDNN's kernel, the faster one, where rows have one length; else flash attention over the
     packed layout. CPU: rows are laid out padded for this one operation, because attention over the
-    whole pack would cost P^2; the padding is at the end, where causality hides it.
-    """
+    whole pack would cost P^2; the padding is at the end, where causality hides it."""
     fast, rows = query.is_cuda and query.dtype == torch.bfloat16, len(pack.starts) - 1
     qkv = [x[0].transpose(0, 1) for x in (query, key, value)]  # (P, H, D)
     if fast and not pack.even:
@@ -119,8 +115,7 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
 
 def absorb(state, logits, targets, temperature):
     """Fold logits (K, chunk) of some words into what is known of all, (K,) each: largest logit, sum
-    of exp(logit - largest), that sum times the logits, the target's logit.
-    """
+    of exp(logit - largest), that sum times the logits, the target's logit."""
     (top, total, product, chosen), logits = state, logits / temperature
     higher = torch.maximum(top, logits.amax(-1))
     p, shrink = (logits - higher[:, None]).exp(), (top - higher).exp()
@@ -142,8 +137,7 @@ fused = functools.cache(functools.partial(torch.compile, dynamic=True))
 
 class ChunkedHead(torch.autograd.Function):
     """log p(target) and entropy, `chunk` words of the vocabulary at a time; the backward makes the
-    logits again. A word's weights get their gradient in one product over all tokens.
-    """
+    logits again. A word's weights get their gradient in one product over all tokens."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
@@ -178,9 +172,7 @@ class ChunkedHead(torch.autograd.Function):
 
 def head_logprobs(hidden, weight, targets, temperature: float, chunk: int):
     """(K, D) hidden states, (V, D) head, (K,) targets -> log-probs and entropy (K,) each, float32.
-
-    chunk=0 is the dense head, written plainly: all (K, V) logits at once.
-    """
+    chunk=0 is the dense head, written plainly: all (K, V) logits at once."""
     if chunk and len(targets):
         return ChunkedHead.apply(hidden, weight, targets, temperature, chunk)
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -275,9 +267,8 @@ def has_weights(path: str) -> bool:
 
 def build_policy(cfg, world, frozen: str | None = None) -> Policy:
     """Load (or initialise) the model, shard it over the trainers. Collective over the trainers.
-
-    With `frozen` that model, in the compute type and without a gradient: a reference or a teacher.
-    """
+    With `frozen` that model, in the compute type and without a gradient: a reference or a
+    teacher."""
     master = torch.float64 if cfg.dtype == "float64" else torch.float32
     auto = "bfloat16" if world.cuda else "float32"
     compute = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
@@ -318,8 +309,7 @@ def build_policy(cfg, world, frozen: str | None = None) -> Policy:
 
 def checkpointed(forward, kind: str):
     """A layer's forward whose backward makes again all that it needs (full), or all but the outputs
-    of matrix products and attention (selective): little memory, or little work.
-    """
+    of matrix products and attention (selective): little memory, or little work."""
     saved = [aten.mm, aten.addmm, aten._scaled_dot_product_cudnn_attention]
     saved += [aten._flash_attention_forward, aten._scaled_dot_product_flash_attention_for_cpu]
     how = {"use_reentrant": False, "preserve_rng_state": False}

@@ -48,10 +48,8 @@ class Run:
             self.write_config()
 
     def choose_checkpoint(self) -> str | None:
-        """Where this run starts from. An earlier run that it does not go on is set aside.
-
-        A restart by torchrun goes on in its folder, before its first checkpoint from the given one.
-        """
+        """Where this run starts from. An earlier run that it does not go on is set aside. A restart
+        by torchrun goes on in its folder, before its first checkpoint from the given one."""
         given = None if self.cfg.resume in ("no", "auto") else self.cfg.resume
         restarted, newest = self.world.restart > 0, latest_checkpoint(self.folder)
         if newest and (restarted or self.cfg.resume == "auto"):
@@ -86,8 +84,7 @@ class Run:
 
     def truncate(self, start: int):
         """After a resume: forget the lines of steps that will be done again, and set their
-        checkpoints aside, which a restart would else take for this run's.
-        """
+        checkpoints aside, which a restart would else take for this run's."""
         for path in self.folder.glob("checkpoints/step-*"):
             if step_of(path) > start:
                 path.rename(path.with_name(f"aside-{time.time_ns()}-{path.name}"))
@@ -102,11 +99,9 @@ class Run:
                 self.rows = [x for x in kept if "eval_reward" not in x]
 
     def resume(self, trainer) -> int:
-        """Load the checkpoint that the run starts from, if any; returns the first step to do.
-
-        One that cannot be loaded is named; the one before it in this run's folder is taken, and
-        without one the run stops. Collective.
-        """
+        """Load the checkpoint that the run starts from, if any; returns the first step to do. One
+        that cannot be loaded is named; the one before it in this run's folder is taken, and without
+        one the run stops. Collective."""
         began = self.checkpoint or self.world.restart > 0
         while self.checkpoint:
             path = pathlib.Path(self.checkpoint)
@@ -130,8 +125,7 @@ class Run:
 
     def unjudged(self, path: pathlib.Path) -> str:
         """Whether the evaluation of the version before, which goes on beside the step that follows,
-        was lost with the run. The checkpoint before, if there is one, makes it again.
-        """
+        was lost with the run. The checkpoint before, if there is one, makes it again."""
         version, cfg, metrics = step_of(path) - 1, self.cfg, self.folder / "metrics.jsonl"
         judges = getattr(cfg, "eval_samples", 0) and cfg.eval_size and cfg.eval_every
         if not judges or version % judges or not latest_checkpoint(self.folder, version + 1):
@@ -179,10 +173,8 @@ class Run:
 
     def times(self, infos: list[dict]) -> dict[str, float]:
         """Seconds by what they were spent on, which add up to the wall time on either side.
-
         Trainers: this one, since the last step was logged. Generators: their mean, since the last
-        `gather`. A rank that does both is both.
-        """
+        `gather`. A rank that does both is both."""
         self.world.lap()
         clocks = {i["rank"]: i["clock"] for i in infos} | {self.world.rank: {**self.world.clock}}
         spent = {rank: collections.Counter() for rank in clocks}
@@ -243,8 +235,7 @@ class Run:
 
     def finish(self, says: bool = True):
         """The bar's end, the curves, and the table that a person reads: once, whoever asks. Where
-        another rank's failure has been said, that is the last line.
-        """
+        another rank's failure has been said, that is the last line."""
         with self.finishing:
             if not self.world.writes or not self.rows or self.finished:
                 return

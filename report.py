@@ -124,8 +124,7 @@ def curves(folder: pathlib.Path):
 
 def metrics() -> tuple[list[list[str]], str]:
     """metrics.md, the one place that says what the metrics mean: its rows [names, means, healthy,
-    else], and what it says of names below them.
-    """
+    else], and what it says of names below them."""
     table, about = (ASSETS / "metrics.md").read_text().split("\n\n")
     return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]], about
 
@@ -148,8 +147,7 @@ class HelpMetrics(argparse.Action):
 
 def append_spans(folder: pathlib.Path, role: str, info: dict, step: int):
     """A rank's (name, start, end), as it told them in the `gather` of `step`, in the Chrome trace
-    format, whose last bracket is optional.
-    """
+    format, whose last bracket is optional."""
     about = {"pid": info["rank"], "tid": 0, "args": {"step": step}}  # `timeline` knows lines by it
     name = {"name": f"{role} {info['rank']}"}
     events = [{**about, "name": "process_name", "ph": "M", "args": name}]
@@ -209,10 +207,8 @@ def open_sink(name: str, run, first: int):
 
 
 class Live:
-    """What is made of a run while it goes on: metrics.jsonl, sinks, report.html, profiles.
-
-    But for metrics.jsonl, nothing in here ends the run: what fails is said, and left out.
-    """
+    """What is made of a run while it goes on: metrics.jsonl, sinks, report.html, profiles. But for
+    metrics.jsonl, nothing in here ends the run: what fails is said, and left out."""
 
     def __init__(self, run):
         self.run, self.profiler, self.sinks = run, None, {}  # name -> (log, close)
@@ -244,10 +240,8 @@ class Live:
                 self.profiler.start()
 
     def log(self, line: dict):
-        """The writer, a step or an evaluation: its line goes to metrics.jsonl and to the sinks.
-
-        The page is drawn so seldom that it takes at most 1% of the time.
-        """
+        """The writer, a step or an evaluation: its line goes to metrics.jsonl and to the sinks. The
+        page is drawn so seldom that it takes at most 1% of the time."""
         self.run.append("metrics.jsonl", line)
         for name in list(self.wanted):
             with self.apart(name):
@@ -276,8 +270,7 @@ class Live:
 
 def telling(samples: list[dict]) -> list[dict]:
     """The best, the worst and the most surprising sample first (`chosen` says which it is), then
-    the others. `surprise` is in nats per token: how unlikely the reply was to its own policy.
-    """
+    the others. `surprise` is in nats per token: how unlikely the reply was to its own policy."""
     reward, surprise = (lambda s: sum(s["rewards"].values())), (lambda s: s["surprise"])
     by = {"best": (max, reward), "worst": (min, reward), "surprising": (max, surprise)}
     top = {what: end(samples, key=key) for what, (end, key) in by.items() if samples}
@@ -288,8 +281,7 @@ def telling(samples: list[dict]) -> list[dict]:
 
 def columns(lines: list[dict]) -> dict[str, list[list]]:
     """metrics.jsonl -> name: [steps, values]. In a long run several steps are a point: their mean,
-    for names in _max and _min the extreme. A value that is NaN or infinite becomes None.
-    """
+    for names in _max and _min the extreme. A value that is NaN or infinite becomes None."""
     width = math.ceil((lines[-1]["step"] + 1) / POINTS)
     bins, out = collections.defaultdict(lambda: collections.defaultdict(list)), {}
     for line in lines:
@@ -320,8 +312,7 @@ def samples(path: pathlib.Path, last: int) -> dict[int, list[dict]]:
 
 def timeline(path: pathlib.Path) -> dict[str, list[list]]:
     """trace.json -> what each rank did in a few early and in the latest steps: [rank, span, start
-    and length in milliseconds, step]. Of many ranks the first of either role are enough.
-    """
+    and length in milliseconds, step]. Of many ranks the first of either role are enough."""
     with open(path, "rb") as f:
         text = f.read(TRACE)
         gap = f.seek(max(len(text), path.stat().st_size - TRACE)) - len(text)
@@ -341,8 +332,7 @@ def timeline(path: pathlib.Path) -> dict[str, list[list]]:
 
 def read_run(folder: pathlib.Path) -> dict:
     """What the page tells of a run. OSError if a file of the folder is missing, ValueError if there
-    is no step yet.
-    """
+    is no step yet."""
     lines, config = read_lines(folder / "metrics.jsonl"), (folder / "config.yaml").read_text()
     steps = [line["step"] for line in lines if "loss" in line]
     if not steps:
@@ -356,8 +346,7 @@ def read_run(folder: pathlib.Path) -> dict:
 
 def grouped(runs: list[dict]) -> tuple[list[dict], list[str]]:
     """Runs that differ in nothing but OWN make a group, whose label says what sets it apart. Also
-    the names of the settings that are not the same in all groups.
-    """
+    the names of the settings that are not the same in all groups."""
     groups = collections.defaultdict(list)  # settings, as JSON -> numbers of the runs
     for i, run in enumerate(runs):
         same = {k: v for k, v in run["settings"].items() if k not in OWN}
@@ -371,8 +360,7 @@ def grouped(runs: list[dict]) -> tuple[list[dict], list[str]]:
 
 def write_page(folders: list[pathlib.Path], out: pathlib.Path):
     """One file that needs no other. A model wrote some of its text: in the data no character can
-    end the script, and the page's policy lets nothing run or load but what stands here.
-    """
+    end the script, and the page's policy lets nothing run or load but what stands here."""
     runs = [read_run(folder) for folder in folders]
     groups, differ = grouped(runs)
     data = {"runs": runs, "groups": groups, "differ": differ, "metrics": metrics()[0]}

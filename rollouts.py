@@ -156,10 +156,9 @@ def from_rows(rows: list[Row], reward_names: list[str]) -> Rollouts:
 
 def pack(lengths: list[int], num_trainers: int, budget: int) -> list[list[list[int]]]:
     """Row lengths -> plan[trainer][micro-batch] = row numbers. Balanced; equally many for each.
-
     Longest row first into the emptiest bin (LPT). A bin holds at most `budget` tokens; a longer row
-    has a bin alone. Every rank computes the same plan from the same lengths: nothing is agreed on.
-    """
+    has a bin alone. Every rank computes the same plan from the same lengths: nothing is agreed
+    on."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     least = math.ceil(sum(min(n, budget) for n in lengths) / (budget * num_trainers))
     for per_trainer in itertools.count(max(1, least)):
@@ -207,12 +206,10 @@ def from_cells(cells: torch.Tensor, table: Rollouts):
 
 
 def gather(rollouts: Rollouts, world, tokens_per_microbatch: int, minibatches: int = 1) -> Rollouts:
-    """Rows from the engines -> each trainer's share of the batch. Collective, rows or not.
-
-    One fixed header per rank, then the small columns of every row to everyone. Each rank alone
-    computes the same packing plan from them, and the token columns go only to the trainer that
-    trains the row: it returns with its own rows and their `plan`.
-    """
+    """Rows from the engines -> each trainer's share of the batch. Collective, rows or not. One
+    fixed header per rank, then the small columns of every row to everyone. Each rank alone computes
+    the same packing plan from them, and the token columns go only to the trainer that trains the
+    row: it returns with its own rows and their `plan`."""
     world.arrive("gather")
     with world.span("gather"):
         group, me, ranks = world.control, world.rank, range(world.size)
@@ -271,8 +268,8 @@ def tell(mine: Rollouts, world) -> str:
 
 def plan_batch(table: Rollouts, num_trainers: int, budget: int, minibatches: int) -> list:
     """plan[trainer][mini-batch][micro-batch] = row numbers, from the small columns. Writes the
-    column `minibatch`: whole groups, in the order of their slots. Rows of weight 0 are not trained.
-    """
+    column `minibatch`: whole groups, in the order of their slots. Rows of weight 0 are not
+    trained."""
     groups, group = torch.unique(table.index, return_inverse=True)
     table.minibatch = group * minibatches // max(len(groups), 1)  # (N,)
     plan = [[] for _ in range(num_trainers)]

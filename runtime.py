@@ -39,10 +39,8 @@ def setting_help(config_class) -> dict[str, str]:
 
 
 def settings(config_class, argv: list[str]):
-    """Command line over YAML (`--config`) over defaults -> an instance of the flat dataclass.
-
-    A name nobody knows, a wrong type or an unreadable file is a UserError of one sentence.
-    """
+    """Command line over YAML (`--config`) over defaults -> an instance of the flat dataclass. A
+    name nobody knows, a wrong type or an unreadable file is a UserError of one sentence."""
     import jsonargparse  # 0.3 s: not paid by the ranks' other imports of this file
 
     how = {"exit_on_error": False, "allow_abbrev": False}
@@ -107,11 +105,9 @@ def load_symbol(place: str, what: str):
 
 
 class World:
-    """Who this rank is, which groups it belongs to, and where its time went.
-
-    Ranks 0..num_generators-1 generate (vLLM's tensor parallelism needs them first), the others
-    train. With num_generators=0 every rank does both; with None (sft.py) nobody generates.
-    """
+    """Who this rank is, which groups it belongs to, and where its time went. Ranks
+    0..num_generators-1 generate (vLLM's tensor parallelism needs them first), the others train.
+    With num_generators=0 every rank does both; with None (sft.py) nobody generates."""
 
     def __init__(self, num_generators=None, tensor_parallel_size=1, trainer_replicas=1):
         if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -249,8 +245,7 @@ class World:
 
     def lap(self, name: str | None = None):
         """The time since the last lap or border of a phase was spent on `name`, else on the phase:
-        each second stands once in `clock`.
-        """
+        each second stands once in `clock`."""
         now, name = time.monotonic() + self.since_epoch, name or HEART.phase
         self.clock[name] = self.clock.get(name, 0.0) + now - self.border
         report.note_engine(self.spans, name, self.border, now)
@@ -276,11 +271,10 @@ class World:
 
 def watch(world: World, run: Run):
     """SIGTERM and Ctrl-C set `world.stopping`: the loop ends between two steps, with a checkpoint.
-
     If it has not ended after `stop_seconds` (a long step, or its peer is gone), the signals' thread
     ends the process; a checkpoint or an export that has begun is awaited. torchrun has a limit of
-    its own: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30 seconds. The heartbeat learns what phases may last.
-    """
+    its own: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30 seconds. The heartbeat learns what phases may
+    last."""
 
     def stop():
         world.stopping, end = True, time.monotonic() + run.cfg.stop_seconds
@@ -288,8 +282,7 @@ def watch(world: World, run: Run):
             if time.monotonic() > end and not world.writing():
                 break
             time.sleep(0.1)
-        if dead:  # that is why torchrun tells this rank to stop
-            HEART.say(dead)
+        HEART.say(dead)  # if a rank is, that is why torchrun tells this one to stop
         with contextlib.suppress(Exception):
             run.finish(says=not world.has_failed())
         HEART.exit()
@@ -302,11 +295,8 @@ def watch(world: World, run: Run):
 
 def launch(main, config_class, check):
     """Everything around `main(cfg, world, run)`: settings, ranks, logs, and how it ends.
-
     `check(cfg, world)` raises UserError for settings that cannot work together. It runs before
-    anything is loaded.
-    """
-    rank = int(os.environ.get("RANK", 0))
+    anything is loaded."""
     world = run = None
     try:
         cfg = settings(config_class, sys.argv[1:])
@@ -318,7 +308,7 @@ def launch(main, config_class, check):
         if cfg.resume not in ("no", "auto") and not is_checkpoint(pathlib.Path(cfg.resume)):
             raise UserError(f"resume={cfg.resume}: not a checkpoint; give its folder, auto or no")
     except UserError as error:
-        if rank == 0:
+        if HEART.rank == 0:
             print(f"nanoforge: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(5)  # rank 0 says it, once; torchrun ends the others when it has left
@@ -337,11 +327,9 @@ def launch(main, config_class, check):
 
 
 def say_what_failed(error: BaseException, world: World, run: Run | None):
-    """One sentence on the screen, about the first rank that failed; each traceback in its log.
-
-    A lost connection is the echo of another's end: a dead rank of this node is named instead, and
-    a lost node is missed by the heartbeat in a while.
-    """
+    """One sentence on the screen, about the first rank that failed; each traceback in its log. A
+    lost connection is the echo of another's end: a dead rank of this node is named instead, and a
+    lost node is missed by the heartbeat in a while."""
     traceback.print_exc()
     what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     line, dead = HEART.line(world.rank, HEART.phase, what.splitlines()[0]), ""

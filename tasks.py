@@ -95,8 +95,7 @@ class FileTask(Task):
 
 def read_examples(source: str, split: str) -> list[tuple[str, dict]]:
     """(where it stands, example) for each example of a source: a JSONL or parquet file, a folder
-    with {split}.jsonl or {split}.parquet, or a data set on the hub (`name` or `name:subset`).
-    """
+    with {split}.jsonl or {split}.parquet, or a data set on the hub (`name` or `name:subset`)."""
     path = pathlib.Path(source)
     if path.is_dir():
         found = [p for end in ("jsonl", "parquet") if (p := path / f"{split}.{end}").exists()]

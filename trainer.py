@@ -41,18 +41,12 @@ class Trainer:
         self.policy = build_policy(cfg, world)
         models = (frozen or {}).items()
         self.frozen = {column: build_policy(cfg, world, path) for column, path in models}
-        self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
-            lr=cfg.lr,
-            betas=(cfg.beta1, cfg.beta2),
-            weight_decay=cfg.weight_decay,
-            fused=True,
-        )
+        how = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), cfg.lr, **how)
 
     def microbatches(self, rollouts: Rollouts, plan: list[list[int]]):
         """(row numbers, rows, their Pack) by the plan, on the device. Each rank yields equally
-        often, for FSDP's collectives: where its plan is empty, a row that counts for nothing.
-        """
+        often, for FSDP's collectives: where its plan is empty, a row that counts for nothing."""
         for numbers in plan:
             self.world.lap()  # it moves
             rows, device = rollouts.take(numbers) if numbers else nothing(), self.world.device
@@ -61,8 +55,7 @@ class Trainer:
 
     def score(self, rollouts: Rollouts) -> Rollouts:
         """Add the log-probs that the frozen models give to the sampled tokens, and those of the
-        policy before the updates where the loss asks for them. Collective over trainers.
-        """
+        policy before the updates where the loss asks for them. Collective over trainers."""
         cfg = self.cfg
         if self.world.trains:
             with self.world.span("score"):
@@ -87,12 +80,10 @@ class Trainer:
 
     def step(self, rollouts: Rollouts, loss_fn, divisor=None) -> dict[str, float]:
         """The optimizer steps of a gathered batch: one for each of its mini-batches, times
-        `epochs_per_batch`. Returns metrics, equal on every trainer.
-
-        `loss_fn(logprobs, rows, cfg)` returns sums; `divisor(table, cfg)` is the number they are
-        divided by, from the small columns of the whole mini-batch (default: its sampled tokens).
-        Metrics take the same road and are means per sampled token.
-        """
+        `epochs_per_batch`. Returns metrics, equal on every trainer. `loss_fn(logprobs, rows, cfg)`
+        returns sums; `divisor(table, cfg)` is the number they are divided by, from the small
+        columns of the whole mini-batch (default: its sampled tokens). Metrics take the same road
+        and are means per sampled token."""
         if not self.world.trains:
             return {}
         with self.world.span("train"):
@@ -142,8 +133,7 @@ class Trainer:
 
     def reduce(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """This rank's sums -> means per sampled token over all trainers; `_max`, `_min`: extremes;
-        `_sum`, `_histogram`: sums; `x_std`, given the sum of x^2: the standard deviation of `x`.
-        """
+        `_sum`, `_histogram`: sums; `x_std`, given the sum of x^2: the standard deviation of `x`."""
         sums = {k: -v if k[-4:] == "_min" else v for k, v in sorted(sums.items())}  # ranks agree
         values = torch.cat([v.flatten() for v in sums.values()]).to(self.world.device)
         total, top = values.clone(), values.clone()
@@ -163,8 +153,7 @@ class Trainer:
 
     def update(self) -> float | None:
         """Clip to `max_grad_norm` and step. Returns the norm before the clip; None if it is not
-        finite, and then nothing moves. The run ends after `max_skipped` of these in a row.
-        """
+        finite, and then nothing moves. The run ends after `max_skipped` of these in a row."""
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters], foreach=True)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -183,9 +172,7 @@ class Trainer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that training is, by name: tensors alone, for anything else would need pickle.
-
-        Settings are not in it: a resumed run goes by its own. Random states are one a trainer.
-        """
+        Settings are not in it: a resumed run goes by its own. Random states are one a trainer."""
         state, steps = {}, []
         for name, p in self.policy.named_parameters():
             own = self.optimizer.state[p]
@@ -203,8 +190,7 @@ class Trainer:
 
     def save(self, folder: pathlib.Path, finished=lambda: None):
         """Copy the state to host memory; a thread writes it to folder/step-N meanwhile. `finished`
-        is called on the writer when it is there. Collective.
-        """
+        is called on the writer when it is there. Collective."""
         if not self.world.trains:
             return
         with self.world.span("save"):
@@ -220,8 +206,7 @@ class Trainer:
 
     def write(self, state: dict, folder: pathlib.Path, step: int, finished):
         """By a temporary name: a checkpoint is complete or absent, and what stood there before goes
-        last. In a thread, on a group that nothing else uses.
-        """
+        last. In a thread, on a group that nothing else uses."""
         partial, old = folder / f"partial-{step}", folder / f"partial-old-{step}"
         sink = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
         try:

@@ -50,12 +50,10 @@ def buckets_through(trainer, world, dtype):
 
 
 def sync(trainer, generator, world):
-    """Trainers' weights -> every engine, between two engine steps; version + 1. Collective.
-
-    Flat buckets, one broadcast each, from the first trainer to all generator ranks; vLLM's own
-    loaders copy the views in place (fused and tensor-parallel layers included), so captured graphs
-    stay valid. Colocated ranks keep what their own all-gather gave.
-    """
+    """Trainers' weights -> every engine, between two engine steps; version + 1. Collective. Flat
+    buckets, one broadcast each, from the first trainer to all generator ranks; vLLM's own loaders
+    copy the views in place (fused and tensor-parallel layers included), so captured graphs stay
+    valid. Colocated ranks keep what their own all-gather gave."""
     with world.span("evaluate"):
         generator.finish_evaluation()
     world.arrive("sync")
@@ -75,10 +73,8 @@ def sync(trainer, generator, world):
 
 def check(trainer, generator, world):
     """Prove the sync: tensors arrive bit-equal; a load into poisoned memory gives the same bits.
-
     The poison (NaN) shows that the stream touches every element of every parameter of the engine;
-    the equal checksums, that loading is a function of the stream alone. Collective.
-    """
+    the equal checksums, that loading is a function of the stream alone. Collective."""
     before = {name: checksum(p) for name, p in generator.parameters()}
     for _, p in generator.parameters():
         p.data.fill_(float("nan"))
@@ -98,8 +94,7 @@ def check(trainer, generator, world):
 
 def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torch.float32):
     """Write a folder that transformers and vLLM load, by a temporary name: complete or absent.
-    Collective: every rank waits for the writer, in a phase that a signal does not cut short.
-    """
+    Collective: every rank waits for the writer, in a phase that a signal does not cut short."""
     from huggingface_hub import save_torch_state_dict
 
     with world.span("export"):

@@ -60,8 +60,7 @@ class Workers:
 
     def answers(self, wait: bool = False) -> list[tuple[Row, str | None]]:
         """(row, the environment's reply) for what has come back, None once it has its rewards; with
-        `wait` for all. UserError where a call failed, or took longer than it may.
-        """
+        `wait` for all. UserError where a call failed, or took longer than it may."""
         size = 1 if self.loop else max(1, int(PORTION / self.mean))  # quick ones share a message
         for first in range(0, len(self.waiting), size):
             part = self.waiting[first : first + size]
@@ -111,8 +110,7 @@ def answer(rows: list[tuple[Row, bool]], seconds: float) -> list[tuple]:
 
 async def judge(task: Task, row: Row, may_go_on: bool, seconds: float, loop=None) -> list[tuple]:
     """[(reply, rewards, what the environment remembers, seconds)]; the reply is None once there are
-    rewards.
-    """
+    rewards."""
     start, reply, rewards = time.perf_counter(), None, {}
     if may_go_on:
         reply = await guarded(task.reply, row, seconds, loop)
