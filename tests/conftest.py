@@ -160,5 +160,6 @@ def world(monkeypatch):
     world = World(None)
     world.connect()
     monkeypatch.setattr(HEART, "store", world.store)
+    monkeypatch.setattr(HEART, "phase", "start")
     yield world
     world.close()
