@@ -265,10 +265,10 @@ def has_weights(path: str) -> bool:
     return not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
-def build_policy(cfg, world, frozen: str | None = None) -> Policy:
-    """Load (or initialise) the model, shard it over the trainers. Collective over the trainers.
-    With `frozen` that model, in the compute type and without a gradient: a reference or a
-    teacher."""
+def build_policy(cfg, world, frozen: str | None = None, head=None) -> nn.Module:
+    """Load (or initialise) the model, shard it over the trainers: a Policy, or what `head` makes of
+    it. With `frozen` that model, in the compute type and without a gradient: a reference or a
+    teacher. Collective over the trainers."""
     master = torch.float64 if cfg.dtype == "float64" else torch.float32
     auto = "bfloat16" if world.cuda else "float32"
     compute = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
@@ -297,7 +297,7 @@ def build_policy(cfg, world, frozen: str | None = None) -> Policy:
         if cfg.compile:
             layer.forward = torch.compile(layer.forward)
         fully_shard(layer, **shard)
-    policy = Policy(lm, getattr(cfg, "temperature", 1.0), cfg.head_chunk)
+    policy = head(lm) if head else Policy(lm, getattr(cfg, "temperature", 1.0), cfg.head_chunk)
     fully_shard(policy, **shard)
     for module in policy.modules():
         # Alone nothing is divided; a factor would cost a pass over the gradient.

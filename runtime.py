@@ -34,8 +34,8 @@ class UserError(Exception):
 
 def setting_help(config_class) -> dict[str, str]:
     """The comment behind each field of a dataclass, which is also the text of `--help`."""
-    lines = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config_class), re.MULTILINE)
-    return dict(lines)
+    source = "".join(inspect.getsource(c) for c in config_class.__mro__[-2::-1])  # a base's first
+    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
 
 
 def settings(config_class, argv: list[str]):

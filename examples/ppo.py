@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
@@ -25,7 +24,7 @@ import grpo
 import losses
 import weights
 from generator import Generator
-from model import check_config, compute_dtype, trainer_mesh
+from model import build_policy
 from rollouts import gather
 from runtime import UserError, launch, limits
 from tasks import load_task
@@ -34,17 +33,19 @@ from trainer import Trainer
 
 @dataclass
 class Config(grpo.Config):
-    """PPO. These and grpo.py's settings, whose meaning `python grpo.py --help` has."""
+    """PPO with a value model, on grpo.py's settings. --key=value overrides --config file.yaml."""
 
     run_dir: str = "runs/ppo"  # this run's own folder
-    prompts_per_step: int = 128  # prompts in a batch
-    group_size: int = 1  # replies to each prompt; the baseline is the value model, not the group
-    minibatches: int = 2  # optimizer steps that a batch is split into, by prompts
-    gamma: float = 1.0  # discount of a sampled token
-    gae_lambda: float = 0.95  # 1: reward less value; 0: the difference of two values
+    prompts_per_step: int = 128  # prompts in a batch; at least 1
+    group_size: int = (
+        1  # replies to each prompt; the baseline is the value model, not the group; at least 1
+    )
+    minibatches: int = 2  # optimizer steps that a batch is split into, by prompts; at least 1
+    gamma: float = 1.0  # discount of a sampled token; at most 1
+    gae_lambda: float = 0.95  # 1: reward less value; 0: the difference of two values; at most 1
     clip_low: float = 0.2  # the ratio's clip is [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2  # one number in PPO's paper
-    clip_value: float = 0.2  # how far a batch may move a value
+    clip_value: float = 0.2  # how far a batch may move a value; above 0
     value_lr: float = 1e-3  # peak learning rate of the value model
 
 
@@ -62,8 +63,7 @@ def check(cfg: Config, world):
     as_grpo = dataclasses.replace(cfg, group_size=max(cfg.group_size, 2))
     grpo.check(as_grpo, world)
     cfg.model, cfg.aggregation = as_grpo.model, as_grpo.aggregation
-    least = {"group_size": 1}
-    limits(cfg, at_least=least, above={"clip_value": 0}, at_most={"gamma": 1, "gae_lambda": 1})
+    limits(cfg)
 
 
 # ---------------------------------------------------------------- pure functions of tensors
@@ -96,7 +96,7 @@ def value_loss(values, rows, cfg):
     """
     held = rows.values + (values - rows.values).clamp(-cfg.clip_value, cfg.clip_value)
     far, near = (values - rows.returns) ** 2, (held - rows.returns) ** 2
-    clipped = ((near > far) & (losses.counted(rows) > 0)).sum()
+    clipped = ((near > far) & (rows.mask & (rows.weight[:, None] > 0))).sum()
     return (0.5 * torch.maximum(far, near) * rows.mask * rows.share[:, None]).sum(), {
         "clip_value": clipped
     }
@@ -112,6 +112,9 @@ class ValueModel(nn.Module):
         super().__init__()
         self.body, self.head = lm.model, nn.Linear(lm.config.hidden_size, 1, dtype=lm.dtype)
         nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
 
     def forward(self, pack):
         """Values of the wanted tokens, and zeros where a policy has its entropy: (B, T) each.
@@ -133,37 +136,13 @@ class ValueModel(nn.Module):
         return out, torch.zeros_like(out)
 
 
-def build_value_model(cfg, world) -> ValueModel:
-    """As model.build_policy, with the other head. Collective over the trainers."""
-    master = torch.float64 if cfg.dtype == "float64" else torch.float32
-    how, compute = {"dtype": master, "attn_implementation": "packed"}, compute_dtype(cfg, world)
-    if cfg.random_init:
-        torch.manual_seed(cfg.seed + 1)
-        lm = AutoModelForCausalLM.from_config(check_config(cfg.model), **how)
-    else:
-        lm = AutoModelForCausalLM.from_pretrained(cfg.model, trust_remote_code=False, **how)
-    model = ValueModel(lm)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    casts = {"param_dtype": None if compute == master else compute, "reduce_dtype": master}
-    policy = MixedPrecisionPolicy(**casts, cast_forward_inputs=False)
-    for module in [*model.body.layers, model]:
-        fully_shard(module, mesh=trainer_mesh(world), mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule) and world.num_trainers > 1:
-            module.set_gradient_divide_factor(1.0)  # sums: the loss has its global divisor
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    return model
-
-
 class Critic(Trainer):
     """The value model and its optimizer; `step` is the Trainer's, with the loss above."""
 
     def __init__(self, cfg, world):
         self.cfg, self.world, self.version = dataclasses.replace(cfg, lr=cfg.value_lr), world, 0
         if world.trains:
-            self.skipped, self.policy = 0, build_value_model(cfg, world)
+            self.skipped, self.policy = 0, build_policy(cfg, world, head=ValueModel)
             how = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
             parameters = self.policy.parameters()
             self.optimizer = torch.optim.AdamW(parameters, lr=cfg.value_lr, fused=True, **how)
