@@ -423,12 +423,18 @@ def test_tensorboard(world, tmp_path):
 
 @needs("wandb")
 def test_wandb_offline(world, tmp_path, monkeypatch):
+    import wandb
+
+    axis, run_class = [], wandb.sdk.wandb_run.Run
+    note = lambda self, *names, **how: axis.append((names, how))  # noqa: E731
+    monkeypatch.setattr(run_class, "define_metric", note)
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = start(world, tmp_path / "r", log_to="wandb")
     run.log(3, {"loss": 0.125, "tokens": 50}, told())
     run.log(4, {}, told(evals=[{"version": 2, "rewards": [1.0], "of": 1}]))
     run.live.close()
     assert run.live.wanted == ["wandb"]
+    assert axis == [(("*",), {"step_metric": "step"})]  # else version 2's line would be refused
     files = list((run.folder / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 1 and not list(files[0].parent.glob("files/*"))  # metrics and settings
     end = time.monotonic() + 20  # a process of its own writes them
