@@ -425,9 +425,9 @@ def test_tensorboard(world, tmp_path):
 def test_wandb_offline(world, tmp_path, monkeypatch):
     import wandb
 
-    axis, define = [], wandb.define_metric
-    note = lambda *names, **how: axis.append((names, how)) or define(*names, **how)  # noqa: E731
-    monkeypatch.setattr(wandb, "define_metric", note)
+    axis, run_class = [], wandb.sdk.wandb_run.Run
+    note = lambda self, *names, **how: axis.append((names, how))  # noqa: E731
+    monkeypatch.setattr(run_class, "define_metric", note)
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = start(world, tmp_path / "r", log_to="wandb")
     run.log(3, {"loss": 0.125, "tokens": 50}, told())

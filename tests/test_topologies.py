@@ -70,7 +70,7 @@ def test_every_group_is_trained_once(one_rank, tmp_path, name, limit):
             assert torch.allclose(table.logprobs, expected.logprobs, atol=1e-4)
     assert oldest <= limit and (oldest > 0) == (limit > 0)
     by = [x["slot"] % engines for x in lines(folder, "samples.jsonl") if x["step"] == 0]
-    assert by == [e for e in range(engines) for _ in range(2)]  # every engine had its share
+    assert by == [e for e in range(engines) for _ in range(3)]  # every engine had its share
     assert [x["name"] for x in trace(folder)].count("check") == ranks * (STEPS + 1)  # bit-equal
     assert [(x["step"], x["eval_rows"]) for x in evaluations(folder)] == [(0, 12), (STEPS, 12)]
     times_add_up(folder, trainer=settings["num_generators"])
