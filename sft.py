@@ -40,6 +40,8 @@ class Config:
     max_tokens: int = 64  # longer examples are left out and counted; at least 2
     # how
     trainer_replicas: int = 1  # copies of the model (HSDP); each is sharded over trainers / copies
+    lora_rank: int = 0  # of adapters on the blocks' linear layers; 0: all weights are trained
+    lora_alpha: float = 32.0  # adapters count lora_alpha / lora_rank
     lr: float = 2e-3  # peak learning rate
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
     lr_min_ratio: float = 0.0  # share of the peak at the last step; at most 1

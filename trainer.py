@@ -42,7 +42,8 @@ class Trainer:
         models = (frozen or {}).items()
         self.frozen = {column: build_policy(cfg, world, path) for column, path in models}
         how = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay, "fused": True}
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), cfg.lr, **how)
+        self.trained = {k: p for k, p in self.policy.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), cfg.lr, **how)
 
     def microbatches(self, rollouts: Rollouts, plan: list[list[int]]):
         """(row numbers, rows, their Pack) by the plan, on the device. Each rank yields equally
@@ -174,7 +175,7 @@ class Trainer:
         """All that training is, by name: tensors alone, for anything else would need pickle.
         Settings are not in it: a resumed run goes by its own. Random states are one a trainer."""
         state, steps = {}, []
-        for name, p in self.policy.named_parameters():
+        for name, p in self.trained.items():
             own = self.optimizer.state[p]
             if not own:  # as AdamW itself begins
                 own["step"] = torch.zeros((), device=p.device)
@@ -254,7 +255,7 @@ class Trainer:
         found = source.read_metadata().state_dict_metadata  # a trainer more has no random state
         state = {name: value for name, value in state.items() if name in found}
         dcp.load(state, storage_reader=source, process_group=self.world.trainers)
-        for p, step in zip(self.policy.parameters(), state["steps"].unbind()):
+        for p, step in zip(self.trained.values(), state["steps"].unbind()):
             self.optimizer.state[p]["step"].copy_(step)
         if (mine := f"random.{self.world.trainer_index}") in state:
             torch.set_rng_state(state[mine])

@@ -2,27 +2,42 @@
 generators (`sync`) and a Hugging Face folder (`export`).
 """
 
+import json
 import math
 import pathlib
 import shutil
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
+
+
+def parameters(trainer):
+    """(Hugging Face name, parameter) of the model; a tied head is none, nor is what LoRA adds."""
+    named = trainer.policy.named_parameters()
+    return [(name.removeprefix("lm."), p) for name, p in named if ".lora_" not in name]
 
 
 def stream(trainer):
-    """Yield (Hugging Face name, full tensor) of each parameter; a tied head is none. Collective."""
-    for name, p in trainer.policy.named_parameters():
-        yield name.removeprefix("lm."), p.detach().full_tensor()
+    """Yield (Hugging Face name, full tensor) of each parameter, LoRA merged. Collective."""
+    for name, p in parameters(trainer):
+        full, layer = (
+            p.detach().full_tensor(),
+            trainer.policy.lm.get_submodule(name.rpartition(".")[0]),
+        )
+        if hasattr(layer, "lora_A"):
+            b, a = layer.lora_B.detach().full_tensor(), layer.lora_A.detach().full_tensor()
+            full = torch.addmm(full, b, a, alpha=layer.scale)
+        yield name, full
 
 
 def plan_buckets(trainer, limit: int) -> list[dict[str, tuple[int, ...]]]:
     """The stream as {name: shape} in buckets of `limit` elements; a larger tensor has its own."""
     buckets, room = [], 0
-    for name, p in trainer.policy.named_parameters():
+    for name, p in parameters(trainer):
         if not buckets or p.numel() > room:
             buckets, room = [*buckets, {}], limit
-        buckets[-1][name.removeprefix("lm.")] = tuple(p.shape)
+        buckets[-1][name] = tuple(p.shape)
         room -= p.numel()
     return buckets
 
@@ -63,7 +78,8 @@ def sync(trainer, generator, world):
             world.buckets = world.agree(plan_buckets(trainer, limit) if world.trains else None)
         generator.wake("weights")
         for views in buckets_through(trainer, world, generator.dtype):
-            generator.load(views)
+            if world.generates:
+                generator.engine.load(views)
         generator.wake("kv_cache")
         generator.new_version()
     if generator.cfg.check_weights:
@@ -75,18 +91,19 @@ def check(trainer, generator, world):
     """Prove the sync: tensors arrive bit-equal; a load into poisoned memory gives the same bits.
     The poison (NaN) shows that the stream touches every element of every parameter of the engine;
     the equal checksums, that loading is a function of the stream alone. Collective."""
-    before = {name: checksum(p) for name, p in generator.parameters()}
-    for _, p in generator.parameters():
+    own = dict(generator.engine.parameters()) if world.generates else {}
+    before, sums = {name: checksum(p) for name, p in own.items()}, {}
+    for p in own.values():
         p.data.fill_(float("nan"))
-    sums = {}
     for views in buckets_through(trainer, world, generator.dtype):
         sums |= {name: checksum(v) for name, v in views.items()}
-        generator.load(views)
+        if own:
+            generator.engine.load(views)
     sent = world.agree(sums)
     if world.generates:
         bad = [name for name in sent if sums[name] != sent[name]]
-        untouched = [name for name, p in generator.parameters() if bool(p.isnan().any())]
-        changed = [name for name, p in generator.parameters() if checksum(p) != before[name]]
+        untouched = [name for name, p in own.items() if bool(p.isnan().any())]
+        changed = [name for name, p in own.items() if checksum(p) != before[name]]
         if bad or untouched or changed:
             found = f"{bad=} on the wire, {untouched=} by it, {changed=} by reload"
             raise RuntimeError(f"weights after sync: {found}")
@@ -104,6 +121,11 @@ def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torc
             if world.writes:
                 # A copy: of uneven shards the full tensor is a view of something larger.
                 tensors[name] = torch.empty(full.shape, dtype=dtype).copy_(full)
+        lora = {}  # under PEFT's names
+        for name, p in trainer.trained.items() if world.trains else ():
+            if ".lora_" in name:
+                name = name.replace("lm.", "base_model.model.", 1) + ".weight"
+                lora[name] = p.detach().full_tensor()
         if world.writes:
             final = pathlib.Path(folder)
             partial = final.with_name(f"partial-{final.name}")
@@ -117,6 +139,20 @@ def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torc
             lm.generation_config.to_json_file(partial / "generation_config.json")
             if trainer.tokenizer is not None:
                 trainer.tokenizer.save_pretrained(partial)
+            if lora:
+                save_adapters(lora, trainer.cfg, partial / "adapter")
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
         world.agree(None)
+
+
+def save_adapters(tensors: dict[str, torch.Tensor], cfg, folder: pathlib.Path):
+    """In PEFT's format, which vLLM loads too."""
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model}
+    about |= {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha}
+    about["target_modules"] = sorted({name.split(".")[-3] for name in tensors})
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    save_file(
+        {k: v.cpu().contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors"
+    )

@@ -216,7 +216,7 @@ def measure(row: str, world, out: pathlib.Path, args) -> dict:
     same |= {"compile": args.compile, "activation_checkpointing": args.checkpointing or kind}
     same |= {"head_chunk": args.chunk, "tokens_per_microbatch": sum(lengths)}
     cfg = grpo.Config(**same)
-    grpo.resolve_loss(cfg)
+    grpo.find_loss(cfg)
     with world.device:  # random numbers are made there, in no time
         trainer = Trainer(cfg, world)
     parameters = sum(p.numel() for p in trainer.policy.parameters())

@@ -24,7 +24,7 @@ OLD = -1.0  # log-prob of the token under the policy that sampled it
 
 def settings(name: str) -> grpo.Config:
     cfg = grpo.Config(loss=name)
-    grpo.resolve_loss(cfg)
+    grpo.find_loss(cfg)
     return cfg
 
 

@@ -45,7 +45,7 @@ def settings_of(name: str, cfg, keep: bool):
     """The run's settings with another loss, and with that loss's own where they are auto."""
     auto = {"aggregation": "auto", "advantage": "auto", "clip_low": -1.0, "clip_high": -1.0}
     new = grpo.Config(**{**vars(cfg), **({} if keep else auto), "loss": name})
-    grpo.resolve_loss(new)
+    grpo.find_loss(new)
     return new
 
 

@@ -112,7 +112,7 @@ class Bench:
         defaults |= {"kl_coef": 0.0, "old_policy": "generator", "correction": "none"}
         for name, value in {**defaults, "minibatches": 1, **VARIANTS[variant]}.items():
             setattr(cfg, name, value)
-        grpo.resolve_loss(cfg)
+        grpo.find_loss(cfg)
         rows, world = Rollouts(), self.world
         if world.leads:
             rows = batch().take([0, 2]) if "fewer rows" in variant else batch()

@@ -139,16 +139,17 @@ MUTATIONS = r"""
 + is_causal=True, dropout_p=kwargs["dropout"]
 
 14 only the first sync loads: weights.py
--             generator.load(views)
+-             if world.generates:
+-                 generator.engine.load(views)
 -         generator.wake
-+             if generator.version < 0:
-+                 generator.load(views)
++             if world.generates and generator.version < 0:
++                 generator.engine.load(views)
 +         generator.wake
 
 14 norms are left out: weights.py
--             generator.load(views)
+-                 generator.engine.load(views)
 -         generator.wake
-+             generator.load({k: v for k, v in views.items() if "norm" not in k})
++                 generator.engine.load({k: v for k, v in views.items() if "norm" not in k})
 +         generator.wake
 
 15 no version in the salt: generator.py

@@ -26,7 +26,7 @@ LENGTHS = [(3, 27), (2, 2), (5, 12), (2, 7), (4, 18), (2, 10)]  # tokens of prom
 def settings(model: str = "", **values) -> grpo.Config:
     """A run's settings, in float64, with the loss's own values where they say auto."""
     cfg = grpo.Config(model=model, **{"dtype": "float64", **values})
-    grpo.resolve_loss(cfg)
+    grpo.find_loss(cfg)
     return cfg
 
 

@@ -23,7 +23,7 @@ from runtime import World
 
 def settings(model: str, **values) -> ppo.Config:
     cfg = ppo.Config(model=model, dtype="float64", minibatches=1, max_grad_norm=0.0, **values)
-    grpo.resolve_loss(cfg)
+    grpo.find_loss(cfg)
     return cfg
 
 

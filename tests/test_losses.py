@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import losses
-from grpo import Config, resolve_loss
+from grpo import Config, find_loss
 from rollouts import Rollouts
 from trainer import nothing
 
@@ -24,7 +24,7 @@ KINDS = ("mean", "mean_std", "leave_one_out")
 def configured(loss="grpo", **changes):
     """The settings of a run with this loss; clip at [0.8, 1.25] where nothing else is said."""
     cfg = Config(**{"loss": loss, "clip_low": 0.2, "clip_high": 0.25, **changes})
-    resolve_loss(cfg)
+    find_loss(cfg)
     return cfg
 
 

@@ -104,7 +104,7 @@ def test_the_readme_has_the_table_of_metrics():
 @pytest.mark.parametrize("loss", losses.LOSSES)
 def test_every_figure_of_a_loss_is_documented(loss):
     cfg = grpo.Config(loss=loss, kl_coef=0.1, old_policy="trainer")
-    grpo.resolve_loss(cfg)
+    grpo.find_loss(cfg)
     rows = Rollouts.blank(1, 3)
     rows.mask, rows.weight, rows.share = ~rows.mask, rows.weight + 1, rows.share + 1
     rows.ref_logprobs = rows.logprobs
@@ -254,7 +254,7 @@ def test_samples_of_a_long_run(tmp_path, monkeypatch):
 
 
 def test_a_row_tells_how_surprising_it_was():
-    from generator import sample as sample_of
+    from report import sample as sample_of
 
     row = Row(0, 0, 0, 0, Episode({"prompt": "1+1=", "tokens": [3]}))
     row.append_given([3])

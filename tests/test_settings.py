@@ -136,7 +136,7 @@ def test_shipped_configurations(ranks, path):
     if script is grpo:
         ranks(32)
         World(cfg.num_generators, cfg.tensor_parallel_size)
-        grpo.resolve_loss(cfg)
+        grpo.find_loss(cfg)
 
 
 def test_unknown_name_in_yaml(ranks, tmp_path):

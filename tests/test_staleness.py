@@ -65,7 +65,7 @@ def one_row(length):
 def gradient(policy, table, **settings):
     """(gradient, figures) of a whole table under grpo.py's settings."""
     cfg = grpo.Config(advantage="mean", **settings)
-    grpo.resolve_loss(cfg)
+    grpo.find_loss(cfg)
     table.advantage = losses.group_advantages(table, "mean")
     logprobs, _ = policy(pack_rows(table.tokens, table.length, table.mask))
     loss, sums = losses.policy_loss(losses.LOSSES[cfg.loss])(logprobs, table, cfg)
