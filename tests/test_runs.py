@@ -29,7 +29,7 @@ def good(done, folder):
 
 def learned(folder):
     """The metrics of each step that are not times."""
-    steps = [x for x in lines(folder) if "reward" in x]
+    steps = [x for x in lines(folder) if "loss" in x]
     return [{k: v for k, v in x.items() if not k.endswith(TIMES)} for x in steps]
 
 
