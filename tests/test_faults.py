@@ -102,7 +102,14 @@ def test_sft_goes_on_by_itself(watch, matrix, sft, rank, phase, how):
     watched.wait_for(rank, PHASES[phase], steps=2)
     hit = watched.hit(rank, PHASES[phase], SIGNALS[how], steps=2)
     seconds, code = watched.gone(), watched.end()
-    matrix(f"kill -{how.upper()}, --max-restarts=3", f"rank {rank} of SFT", hit, seconds, code, "same result")
+    matrix(
+        f"kill -{how.upper()}, --max-restarts=3",
+        f"rank {rank} of SFT",
+        hit,
+        seconds,
+        code,
+        "same result",
+    )
     assert seconds < DEADLINE and code == 0, watched.said() + logs(watched.folder)
     assert f"rank {rank} (trainer)" in watched.last_line()
     assert "starting at step 0" not in watched.said()
@@ -127,7 +134,9 @@ def test_grpo_goes_on_by_itself(watch, matrix, grpo, rank, phase, how):
     seconds = watched.gone()
     watched.hit(1, {"collect", "arrive gather", "train"}, signal.SIGKILL, steps=3, attempt=1)
     again, code = watched.gone(), watched.end()
-    matrix(f"kill -{how.upper()}, --max-restarts=3", f"rank {rank}", hit, seconds, code, "same result")
+    matrix(
+        f"kill -{how.upper()}, --max-restarts=3", f"rank {rank}", hit, seconds, code, "same result"
+    )
     assert max(seconds, again) < DEADLINE and code == 0, watched.said() + logs(watched.folder)
     assert_same_run(watched.folder, grpo)
     watched.leaves_nothing()
