@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, judge, logs, run
+from conftest import ROOT, judge, run
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as effort
 from test_runs import good, learned
@@ -198,7 +198,7 @@ def test_sizes_at_their_borders(tmp_path, name):
     folder = tmp_path / "r"
     good(run(2, "grpo.py", *args, f"--run_dir={folder}"), folder)
     if name == "no step":
-        assert "Traceback" not in logs(folder)
+        assert (folder / "model/model.safetensors").exists()
     else:
         assert [x["step"] for x in learned(folder)] == [0, 1]
 
