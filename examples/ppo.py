@@ -144,7 +144,8 @@ class Critic(Trainer):
         if world.trains:
             self.skipped, self.policy = 0, build_policy(cfg, world, head=ValueModel)
             how = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
-            parameters = self.policy.parameters()
+            self.trained = dict(self.policy.named_parameters())
+            parameters = self.trained.values()
             self.optimizer = torch.optim.AdamW(parameters, lr=cfg.value_lr, fused=True, **how)
 
     def judge(self, rollouts):

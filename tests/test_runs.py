@@ -167,7 +167,7 @@ def test_an_earlier_run_is_kept(twice, tmp_path):
     folder = tmp_path / "r"
     shutil.copytree(twice[1], folder)
     done = run(3, "grpo.py", "--max_prompt_tokens=2", f"--run_dir={folder}")
-    assert "every train prompt is longer than" in said_by_the_failed(done)
+    assert "left out all of 20000 train prompts" in said_by_the_failed(done)
     assert (tmp_path / "r.1/model/model.safetensors").exists()
 
 
