@@ -2,6 +2,10 @@
 
     torchrun --nproc_per_node=1 benchmarks/train_step.py OUT qwen3-0.6b-16k qwen3-1.7b-2k
     torchrun --nproc_per_node=2 benchmarks/train_step.py OUT llama3-8b-8k
+    torchrun --nproc_per_node=1 benchmarks/train_step.py OUT llama3-8b-8k-half llama3-8b-8k-quarter
+
+The half and the quarter are Llama-3-8B with 16 and 8 of its 32 layers, on one GPU: the same layers
+at the same sizes, without what two GPUs must tell each other. They differ by the time of 8 layers.
 
 Random weights of the model's shape, bf16 compute over fp32 master weights, FSDP2, every token but a
 row's first trained, AdamW and clip included. MFU = (6 x parameters x tokens + causal attention at
@@ -52,6 +56,8 @@ MODELS = {
     "qwen3-1.7b": shape(QWEN3, 2048, 6144, 28, 16),
     "qwen3-4b": shape(QWEN3, 2560, 9728, 36, 32),
     "llama3-8b": shape(LLAMA3, 4096, 14336, 32, 32),
+    "llama3-8b-half": shape(LLAMA3, 4096, 14336, 16, 32),
+    "llama3-8b-quarter": shape(LLAMA3, 4096, 14336, 8, 32),
 }
 ROWS = {  # lengths of the documents of one micro-batch, micro-batches of a step, checkpointing
     "tiny": ("tiny", [64] * 4, 2, "selective"),
@@ -62,6 +68,8 @@ ROWS = {  # lengths of the documents of one micro-batch, micro-batches of a step
     "qwen3-4b-2k": ("qwen3-4b", [2048] * 8, 1, "selective"),
     "qwen3-4b-2k-x4": ("qwen3-4b", [2048] * 8, 4, "selective"),
     "llama3-8b-8k": ("llama3-8b", [8192] * 2, 1, "selective"),
+    "llama3-8b-8k-half": ("llama3-8b-half", [8192] * 2, 1, "selective"),
+    "llama3-8b-8k-quarter": ("llama3-8b-quarter", [8192] * 2, 1, "selective"),
 }
 
 
@@ -306,6 +314,7 @@ def main():
         if world.writes:
             (args.out / f"{row}.json").write_text(json.dumps(found, indent=1))
             print(summary(found), flush=True)
+        torch.compiler.reset()  # else a row's sizes are variables to the next one's functions
         gc.collect()  # the trainer: FSDP's modules know each other
         torch.cuda.empty_cache()
     world.close()
