@@ -111,20 +111,20 @@ def attention(model: dict, lengths: list[int], device, kind: str) -> float:
     """Seconds of attention in all layers, forward and backward."""
     heads, kv = model["num_attention_heads"], model["num_key_value_heads"]
     size = model.get("head_dim", model["hidden_size"] // heads)
-    tokens = sum(lengths)
+    mask = torch.ones(len(lengths), max(lengths), dtype=torch.bool)
+    pack = pack_rows(mask.long(), torch.tensor(lengths), mask, device)
+    form = pack.tokens.shape
     q, k, v = (
-        torch.randn(1, tokens, h, size, device=device, dtype=torch.bfloat16)
+        torch.randn(*form, h, size, device=device, dtype=torch.bfloat16)
         .transpose(1, 2)
         .requires_grad_()
         for h in (heads, kv, kv)
     )
-    mask = torch.ones(len(lengths), max(lengths), dtype=torch.bool)
-    pack = pack_rows(mask.long(), torch.tensor(lengths), mask, device)
-    grad = torch.randn(1, tokens, heads, size, device=device, dtype=torch.bfloat16)
+    grad = torch.randn(*form, heads, size, device=device, dtype=torch.bfloat16)
     aten, at = torch.ops.aten, (pack.starts, pack.starts, pack.longest, pack.longest)
 
     def flat():
-        return (x[0].transpose(0, 1) for x in (q, k, v))
+        return (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
 
     def flash_repeated():
         a, b, c = flat()
@@ -135,10 +135,10 @@ def attention(model: dict, lengths: list[int], device, kind: str) -> float:
         return aten._flash_attention_forward(*flat(), *at, 0.0, True, False, scale=size**-0.5)[0]
 
     def ours():
-        return packed_attention(None, q, k, v, None, scaling=size**-0.5, pack=pack)[0][0]
+        return packed_attention(None, q, k, v, None, scaling=size**-0.5, pack=pack)[0].flatten(0, 1)
 
     run = {"flash, repeated": flash_repeated, "flash": flash, "ours": ours}[kind]
-    one = seconds(lambda: torch.autograd.grad(run(), (q, k, v), grad[0]))
+    one = seconds(lambda: torch.autograd.grad(run(), (q, k, v), grad.flatten(0, 1)))
     return one * model["num_hidden_layers"]
 
 
