@@ -1,7 +1,7 @@
 """The policy: a Hugging Face causal LM under FSDP2. Packed rows in, log-probs out.
 
-Rows lie one behind the other in a single sequence without padding; attention keeps them apart. The
-head never holds all logits: the words go by in chunks, forward and backward.
+Rows lie one behind the other in a single sequence without padding, or side by side where they are
+about even; attention keeps them apart. The head never holds all logits, but some words' at a time.
 """
 
 import functools
@@ -24,11 +24,11 @@ aten = torch.ops.aten
 
 @dataclass
 class Pack:
-    """A micro-batch as one sequence of P tokens. Made on the host: the GPU need not stop."""
+    """A micro-batch of P tokens, made on the host: the GPU need not stop."""
 
-    tokens: torch.Tensor  # (P,) int64: rows, one behind the other
-    positions: torch.Tensor  # (P,) int64: each token's place in its row
-    starts: torch.Tensor  # (rows + 1,) int32: where each row starts, and the end
+    tokens: torch.Tensor  # (R, L) int64: (rows, longest) if even, else (1, P), one after the other
+    positions: torch.Tensor  # (1, L) int64: each token's place in its row
+    starts: torch.Tensor  # (rows + 1,) int32: where each row starts among the P, and the end
     slot: torch.Tensor  # (P,) int64: each token's place in the padded layout (rows, longest)
     wanted: torch.Tensor  # (K,) int64: the tokens whose log-probs are asked for
     longest: int
@@ -37,22 +37,26 @@ class Pack:
 
 
 def pack_rows(tokens, length, mask, device: str | torch.device = "cpu") -> Pack:
-    """Tokens (B, T), lengths (B,), wanted tokens (B, T) bool, on the host -> Pack on the device. On
-    a GPU P is one of few sizes, so that compiled functions see few shapes: rows that are about even
-    all get the same room, else what is missing is a row of its own."""
-    (b, t), device, room = tokens.shape, torch.device(device), length
-    if device.type == "cuda":
-        total, wide = int(length.sum()), few_sizes(t)
-        room = torch.cat([length, torch.tensor([few_sizes(total) - total])])
-        if b * wide <= total * 17 / 16:
-            room = torch.full_like(length, wide)
-    longest = max(t, int(room.max()))
-    tokens, mask = (F.pad(x, (0, longest - t, 0, len(room) - b)) for x in (tokens, mask))
-    real = torch.arange(longest) < room[:, None]  # (rows, longest)
-    slot = real.flatten().nonzero().flatten()
-    positions, even = slot % longest, bool(real.all())
-    wanted = (mask[real] & (positions > 0)).nonzero().flatten()  # what has a token before it
-    parts = tokens[real], positions, F.pad(room.cumsum(0), (1, 0)).int(), slot, wanted
+    """Tokens (B, T), lengths (B,), wanted tokens (B, T) bool, on the host -> Pack on the device.
+    Rows that are about even all get the same room. On a GPU P is one of few sizes, so that compiled
+    functions see few shapes: what uneven rows lack of it is a row of its own."""
+    (b, t), device, room = tokens.shape, torch.device(device), length.tolist()
+    total, wide = sum(room), few_sizes(t) if device.type == "cuda" else t
+    if b * wide <= total * 17 / 16:
+        room = [wide] * b
+    elif device.type == "cuda":
+        room.append(few_sizes(total) - total)
+    rows, longest = len(room), max(t, *room)
+    tokens = F.pad(tokens, (0, longest - t, 0, rows - b))
+    mask = F.pad(mask[:, 1:], (1, longest - t, 0, rows - b))  # nothing is before a first token
+    slot, even = torch.arange(rows * longest), min(room) == longest
+    positions = slot[None, :longest]
+    if not even:
+        slot = (positions < torch.tensor(room)[:, None]).flatten().nonzero().flatten()
+        tokens, mask = (x.flatten().index_select(0, slot)[None] for x in (tokens, mask))
+        positions = slot[None] % longest
+    starts = F.pad(torch.tensor(room).cumsum(0), (1, 0)).int()
+    parts = tokens, positions, starts, slot, mask.flatten().nonzero().flatten()
     return Pack(*(send(x, device) for x in parts), longest, even, (b, t))
 
 
@@ -68,30 +72,26 @@ def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack = None, **kwargs):
-    """Queries (1, H, P, D), keys and values (1, H_kv, P, D) -> (1, P, H, D), causal in each row.
+    """Queries (R, H, L, D), keys and values (R, H_kv, L, D) -> (R, L, H, D), causal in each row.
     CUDA: cuDNN's kernel, the faster one, where rows have one length; else flash attention over the
     packed layout. CPU: rows are laid out padded for this one operation, because attention over the
     whole pack would cost P^2; the padding is at the end, where causality hides it."""
-    fast, rows = query.is_cuda and query.dtype == torch.bfloat16, len(pack.starts) - 1
-    qkv = [x[0].transpose(0, 1) for x in (query, key, value)]  # (P, H, D)
-    if fast and not pack.even:
-        at, how = (pack.starts, pack.starts, pack.longest, pack.longest), (0.0, True, False)
-        return aten._flash_attention_forward(*qkv, *at, *how, scale=scaling)[0][None], None
-
-    def padded(x):  # (P, H, D) -> (rows, H, longest, D)
-        if not pack.even:
-            x = x.new_zeros(rows * pack.longest, *x.shape[1:]).index_copy(0, pack.slot, x)
-        return x.unflatten(0, (rows, pack.longest)).transpose(1, 2)
-
-    q, k, v = map(padded, qkv)
+    fast, n = query.is_cuda and query.dtype == torch.bfloat16, len(pack.starts) - 1  # n: rows
+    if not pack.even:
+        xs = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]  # (P, H, D)
+        if fast:
+            at, how = (pack.starts, pack.starts, pack.longest, pack.longest), (0.0, True, False)
+            return aten._flash_attention_forward(*xs, *at, *how, scale=scaling)[0][None], None
+        xs = [x.new_zeros(n * pack.longest, *x.shape[1:]).index_copy(0, pack.slot, x) for x in xs]
+        query, key, value = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in xs)
     if fast:
         cudnn = aten._scaled_dot_product_cudnn_attention
-        out = cudnn(q, k, v, None, True, 0.0, True, False, scale=scaling)[0]
+        out = cudnn(query, key, value, None, True, 0.0, True, False, scale=scaling)[0]
     else:
-        how = {"scale": scaling, "enable_gqa": q.shape[1] != k.shape[1]}
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)
-    out = out.transpose(1, 2).flatten(0, 1)  # (rows * longest, H, D)
-    return (out if pack.even else out[pack.slot])[None], None
+        how = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, **how)
+    out = out.transpose(1, 2)  # (rows, longest, H, D)
+    return out if pack.even else out.flatten(0, 1).index_select(0, pack.slot)[None], None
 
 
 transformers.AttentionInterface.register("packed", packed_attention)
@@ -196,19 +196,19 @@ class Policy(nn.Module):
     def forward(self, pack: Pack):
         """Log-probs and entropy (no gradient) of the wanted tokens: (B, T) each, 0 elsewhere."""
         hidden = self.lm.model(
-            input_ids=pack.tokens[None],
-            position_ids=pack.positions[None],
+            input_ids=pack.tokens,
+            position_ids=pack.positions,
             attention_mask=pack.tokens.new_zeros(1, 1, 1, 1),  # see `check_config`
             use_cache=False,
             pack=pack,
-        ).last_hidden_state[0]
+        ).last_hidden_state.flatten(0, 1)
         wanted, how = pack.wanted, (self.temperature, self.chunk)
         before, head = hidden.index_select(0, wanted - 1), self.lm.get_output_embeddings().weight
-        logprobs, entropy = head_logprobs(before, head, pack.tokens[wanted], *how)
+        logprobs, entropy = head_logprobs(before, head, pack.tokens.flatten()[wanted], *how)
+        at, size = pack.slot[wanted], (len(pack.starts) - 1) * pack.longest
 
         def table(values):
-            out = values.new_zeros((len(pack.starts) - 1) * pack.longest)
-            out = out.index_copy(0, pack.slot[wanted], values).view(-1, pack.longest)
+            out = values.new_zeros(size).index_copy(0, at, values).view(-1, pack.longest)
             return out[: pack.shape[0], : pack.shape[1]]
 
         return table(logprobs), table(entropy.detach())
@@ -272,7 +272,7 @@ def unsupported(config) -> str:
     lm.model.layers = lm.model.layers[:1]
     two = torch.zeros(1, 2, dtype=torch.long, device="meta")
     mask = two.expand(1, 1, 2, 2)  # of no effect, but without one transformers looks at positions
-    pack = Pack(two[0], two[0], two[0].int(), two[0], two[0], 2, False, (1, 2))
+    pack = Pack(two, two, two[0].int(), two[0], two[0], 2, False, (1, 2))
     try:
         lm.model(input_ids=two, position_ids=two, attention_mask=mask, use_cache=False, pack=pack)
     except (AttributeError, TypeError):

@@ -1,7 +1,7 @@
 """One GPU that generates and trains: memory and seconds of configs/grpo/one_gpu.yaml, with engines
 that sleep while the trainer works, and that do not.
 
-    python benchmarks/one_gpu.py OUT [--gigabytes=24]
+    python benchmarks/one_gpu.py OUT [--gigabytes=24] [--only=sleeps]
 
 Qwen3-0.6B's shape with random weights and a tokenizer of its size, on the long-tailed task. The
 engine's share is that of a card of so many gigabytes. Memory is the device's, sampled every 0.1 s.
@@ -45,6 +45,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--gigabytes", type=float, default=24)
+    parser.add_argument("--only", choices=list(ENGINES))
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,9 @@ def main():
     torch.cuda.init()
     mine = None
     print("| engine | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 1))
-    for name, more in {"sleeps": [], "stays awake": ["--sleep=no"]}.items():
+    for name, more in ENGINES.items():
+        if args.only not in (None, name):
+            continue
         folder, samples, done = out / name.replace(" ", "-"), [], threading.Event()
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*launcher, "--nproc_per_node=1", "grpo.py", "--config=configs/grpo/one_gpu.yaml"]
@@ -87,6 +90,7 @@ def main():
         )
 
 
+ENGINES = {"sleeps": [], "stays awake": ["--sleep=no"]}
 SECONDS = ("step_s", "generate_s", "train_s", "sync_s", "other_trainer_s")
 COLUMNS = ("GiB generating", "training", "at most", *SECONDS, "mismatch KL")
 

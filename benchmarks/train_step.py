@@ -2,6 +2,10 @@
 
     torchrun --nproc_per_node=1 benchmarks/train_step.py OUT qwen3-0.6b-16k qwen3-1.7b-2k
     torchrun --nproc_per_node=2 benchmarks/train_step.py OUT llama3-8b-8k
+    torchrun --nproc_per_node=1 benchmarks/train_step.py OUT llama3-8b-8k-half llama3-8b-8k-quarter
+
+The half and the quarter are Llama-3-8B with 16 and 8 of its 32 layers, on one GPU: the same layers
+at the same sizes, without what two GPUs must tell each other. They differ by the time of 8 layers.
 
 Random weights of the model's shape, bf16 compute over fp32 master weights, FSDP2, every token but a
 row's first trained, AdamW and clip included. MFU = (6 x parameters x tokens + causal attention at
@@ -52,6 +56,8 @@ MODELS = {
     "qwen3-1.7b": shape(QWEN3, 2048, 6144, 28, 16),
     "qwen3-4b": shape(QWEN3, 2560, 9728, 36, 32),
     "llama3-8b": shape(LLAMA3, 4096, 14336, 32, 32),
+    "llama3-8b-half": shape(LLAMA3, 4096, 14336, 16, 32),
+    "llama3-8b-quarter": shape(LLAMA3, 4096, 14336, 8, 32),
 }
 ROWS = {  # lengths of the documents of one micro-batch, micro-batches of a step, checkpointing
     "tiny": ("tiny", [64] * 4, 2, "selective"),
@@ -62,6 +68,8 @@ ROWS = {  # lengths of the documents of one micro-batch, micro-batches of a step
     "qwen3-4b-2k": ("qwen3-4b", [2048] * 8, 1, "selective"),
     "qwen3-4b-2k-x4": ("qwen3-4b", [2048] * 8, 4, "selective"),
     "llama3-8b-8k": ("llama3-8b", [8192] * 2, 1, "selective"),
+    "llama3-8b-8k-half": ("llama3-8b-half", [8192] * 2, 1, "selective"),
+    "llama3-8b-8k-quarter": ("llama3-8b-quarter", [8192] * 2, 1, "selective"),
 }
 
 
@@ -103,20 +111,20 @@ def attention(model: dict, lengths: list[int], device, kind: str) -> float:
     """Seconds of attention in all layers, forward and backward."""
     heads, kv = model["num_attention_heads"], model["num_key_value_heads"]
     size = model.get("head_dim", model["hidden_size"] // heads)
-    tokens = sum(lengths)
+    mask = torch.ones(len(lengths), max(lengths), dtype=torch.bool)
+    pack = pack_rows(mask.long(), torch.tensor(lengths), mask, device)
+    form = pack.tokens.shape
     q, k, v = (
-        torch.randn(1, tokens, h, size, device=device, dtype=torch.bfloat16)
+        torch.randn(*form, h, size, device=device, dtype=torch.bfloat16)
         .transpose(1, 2)
         .requires_grad_()
         for h in (heads, kv, kv)
     )
-    mask = torch.ones(len(lengths), max(lengths), dtype=torch.bool)
-    pack = pack_rows(mask.long(), torch.tensor(lengths), mask, device)
-    grad = torch.randn(1, tokens, heads, size, device=device, dtype=torch.bfloat16)
+    grad = torch.randn(*form, heads, size, device=device, dtype=torch.bfloat16)
     aten, at = torch.ops.aten, (pack.starts, pack.starts, pack.longest, pack.longest)
 
     def flat():
-        return (x[0].transpose(0, 1) for x in (q, k, v))
+        return (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
 
     def flash_repeated():
         a, b, c = flat()
@@ -127,10 +135,10 @@ def attention(model: dict, lengths: list[int], device, kind: str) -> float:
         return aten._flash_attention_forward(*flat(), *at, 0.0, True, False, scale=size**-0.5)[0]
 
     def ours():
-        return packed_attention(None, q, k, v, None, scaling=size**-0.5, pack=pack)[0][0]
+        return packed_attention(None, q, k, v, None, scaling=size**-0.5, pack=pack)[0].flatten(0, 1)
 
     run = {"flash, repeated": flash_repeated, "flash": flash, "ours": ours}[kind]
-    one = seconds(lambda: torch.autograd.grad(run(), (q, k, v), grad[0]))
+    one = seconds(lambda: torch.autograd.grad(run(), (q, k, v), grad.flatten(0, 1)))
     return one * model["num_hidden_layers"]
 
 
@@ -306,6 +314,7 @@ def main():
         if world.writes:
             (args.out / f"{row}.json").write_text(json.dumps(found, indent=1))
             print(summary(found), flush=True)
+        torch.compiler.reset()  # else a row's sizes are variables to the next one's functions
         gc.collect()  # the trainer: FSDP's modules know each other
         torch.cuda.empty_cache()
     world.close()

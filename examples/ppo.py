@@ -122,12 +122,12 @@ class ValueModel(nn.Module):
         Column t has the value of the state in which token t was chosen: of all before it.
         """
         hidden = self.body(
-            input_ids=pack.tokens[None],
-            position_ids=pack.positions[None],
+            input_ids=pack.tokens,
+            position_ids=pack.positions,
             attention_mask=pack.tokens.new_zeros(1, 1, 1, 1),  # see model.check_config
             use_cache=False,
             pack=pack,
-        ).last_hidden_state[0]
+        ).last_hidden_state.flatten(0, 1)
         values = self.head(hidden.index_select(0, pack.wanted - 1))[:, 0]
         out = values.new_zeros((len(pack.starts) - 1) * pack.longest)
         out = out.index_copy(0, pack.slot[pack.wanted], values).view(-1, pack.longest)

@@ -179,9 +179,9 @@ MUTATIONS = r"""
 + get_total_norm([p.grad.to_local() for p in parameters], foreach=True)
 
 19 one causal sequence: model.py
-- q, k, v = map(padded, qkv)
-+ q, k, v = (x.transpose(0, 1)[None] for x in qkv)
-+     pack = Pack(**{**vars(pack), "even": True})
+- if not pack.even:
++ pack = Pack(**{**vars(pack), "even": True})
++     if not pack.even:
 
 20 last chunk alone: model.py
 - range(0, len(weight), ctx.chunk)

@@ -34,12 +34,14 @@ def test_attention_keeps_rows_apart(lengths):
         at = pack.starts.cpu()[row] + place  # each token's place in the pack
         leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
         q, k, v = (
-            x.new_zeros(len(pack.tokens), *x.shape[1:])
+            x.new_zeros(pack.tokens.numel(), *x.shape[1:])
             .index_copy(0, at.to(device), x)
-            .transpose(0, 1)[None]
+            .view(*pack.tokens.shape, *x.shape[1:])
+            .transpose(1, 2)
             for x in leaves
         )
-        out = packed_attention(None, q, k, v, None, scaling=64**-0.5, pack=pack)[0][0][at]
+        out = packed_attention(None, q, k, v, None, scaling=64**-0.5, pack=pack)[0]
+        out = out.flatten(0, 1)[at]
         (out.float() * upstream.to(device)).sum().backward()
         results.append([x.detach().float().cpu() for x in (out, *(x.grad for x in leaves))])
     for cpu, gpu in zip(*results):
