@@ -185,9 +185,12 @@ class Generator:
         self.workers.ask(row, may_go_on)
 
     def apply_jobs(self):
-        """Take what the workers have finished: the next turn of a row, or its end. With
-        `deterministic` wait for all of it, so that the engine always sees the same rows."""
-        answers = self.workers.answers(wait=self.cfg.deterministic)
+        """Take what the workers have finished: the next turn of a row, or its end. `deterministic`
+        waits for all of it, so that the engine always sees the same rows."""
+        answers = self.workers.answers()
+        while self.cfg.deterministic and len(self.workers):
+            self.world.lap()
+            answers += self.workers.answers(wait=1.0)
         for row, reply in sorted(answers, key=lambda answer: answer[0].key):
             if reply is None:
                 self.open[EVALUATION if row.evaluates else row.step] -= 1

@@ -1,8 +1,7 @@
 """One thread a rank says where the rank is, and looks at the next: nobody waits for the dead.
 
 torchrun sees a rank that exits, and no other fault. torchelastic's own timers must be switched on
-in torchrun's environment and kill without a word; torchft keeps copies of a model alive, and a run
-has one. So each rank writes its phase to torchrun's store, where others read it.
+in torchrun's environment and kill without a word; torchft is for copies of a model.
 """
 
 import contextlib
@@ -39,10 +38,12 @@ class Heartbeat:
         self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self.phase, self.waits, self.moved, self.still, self.beats = "start", False, True, 0, 0
         self.store, self.ended, self.heard, self.after = None, False, {}, 0
+        self.lock = threading.Lock()
         # What settings and run folder add later:
         self.names, self.logs = [f"rank {rank}" for rank in range(self.size)], None
         self.limit, self.screen = lambda phase: 3600.0, sys.stderr  # ticks without a move
-        self.told_to_stop = self.leave  # called once, in a thread, after SIGTERM or SIGINT
+        # Called once, in a thread, after SIGTERM or SIGINT, of which some rank's death may be why:
+        self.told_to_stop = lambda: (self.say(self.dead()), self.exit())
 
     def start(self):
         """Connect to torchrun's store, and beat until `end`. From here on signals go to a thread: a
@@ -57,7 +58,7 @@ class Heartbeat:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         wait = lambda: (os.read(read_end, 1), self.told_to_stop())  # noqa: E731
-        for target in (wait, self.run):
+        for target in (wait, self.run, self.guard):
             threading.Thread(target=target, daemon=True).start()
 
     def key(self, name: str) -> str:
@@ -72,8 +73,9 @@ class Heartbeat:
                 self.tell()
 
     def tell(self):
-        told = {"pid": os.getpid(), "phase": self.phase, "beats": self.beats}
-        self.store.set(self.key(f"beat/{self.rank}"), json.dumps(told))
+        with self.lock:  # an older word must not overtake a newer one
+            told = {"pid": os.getpid(), "phase": self.phase, "beats": self.beats}
+            self.store.set(self.key(f"beat/{self.rank}"), json.dumps(told))
 
     def exit(self, code: int = 1):
         """The rank leaves as it should, or after a fault that was said: that is none of its own."""
@@ -81,11 +83,6 @@ class Heartbeat:
         self.ended = True
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)  # not sys.exit: threads and half-open groups must not keep a rank alive
-
-    def leave(self):
-        """Before the loop there is nothing to save. Some rank's death may be why."""
-        self.say(self.dead())
-        self.exit()
 
     def line(self, rank: int, phase: str, what: str) -> str:
         where = f" (log: {self.logs}/rank{rank}.log)" if self.logs else ""
@@ -98,6 +95,16 @@ class Heartbeat:
             first = line and (not self.store or self.store.add(self.key("failures"), 1) == 1)
         if first:  # a bar may have left its line open
             print(f"\n{line}", file=self.screen, flush=True)
+
+    def guard(self):
+        """The store's node may neither answer nor break: then no call of `run` comes back."""
+        beats = None
+        while beats != self.beats:
+            beats = self.beats
+            for _ in range(SILENT + 5):  # ticks too
+                time.sleep(TICK)
+        print(self.line(self.rank, self.phase, "torchrun's store is silent"), file=self.screen)
+        os._exit(1)
 
     def run(self):
         while not self.ended:
@@ -119,8 +126,7 @@ class Heartbeat:
 
     def told(self, rank: int) -> dict:
         """The last beat of a rank; of one that never spoke, what /proc knows of a local one."""
-        key = self.key(f"beat/{rank}")
-        if self.store.check([key]):
+        if self.store.check([key := self.key(f"beat/{rank}")]):
             return json.loads(self.store.get(key))
         return {"pid": pids_of(self.parent).get(rank), "phase": "start", "beats": -1}
 

@@ -159,14 +159,15 @@ class ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, targets, logsumexp = ctx.saved_tensors
-        d_hidden, d_weight = torch.zeros_like(hidden, dtype=grad.dtype), torch.empty_like(weight)
+        d_hidden = torch.zeros_like(hidden, dtype=grad.dtype)
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         step = fused(logit_gradient) if hidden.is_cuda else logit_gradient
         for first in range(0, len(weight), ctx.chunk):
             words, here = weight[first : first + ctx.chunk], targets - first
             logits = matmul_fp32(hidden, words.T)  # (K, chunk)
             d_logits = step(logits, here, ctx.temperature, logsumexp, grad, weight.dtype)
             add_product(d_hidden, d_logits, words)
-            if ctx.needs_input_grad[1]:
+            if d_weight is not None:
                 torch.mm(d_logits.T, hidden, out=d_weight[first : first + ctx.chunk])
         return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
@@ -198,7 +199,7 @@ class Policy(nn.Module):
         hidden = self.lm.model(
             input_ids=pack.tokens,
             position_ids=pack.positions,
-            attention_mask=pack.tokens.new_zeros(1, 1, 1, 1),  # see `check_config`
+            attention_mask=pack.tokens.new_zeros(1, 1, 1, 1),  # see `unsupported`
             use_cache=False,
             pack=pack,
         ).last_hidden_state.flatten(0, 1)
@@ -275,8 +276,8 @@ def unsupported(config) -> str:
     pack = Pack(two, two, two[0].int(), two[0], two[0], 2, False, (1, 2))
     try:
         lm.model(input_ids=two, position_ids=two, attention_mask=mask, use_cache=False, pack=pack)
-    except (AttributeError, TypeError):
-        return f"{name}'s layers do not hand packed rows on"
+    except (AttributeError, TypeError, RuntimeError):  # the last one: rope that asks for lengths
+        return f"{name}'s layers or positions do not take packed rows"
     return ""
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import shutil
-import statistics
 import threading
 import time
 
@@ -81,9 +80,8 @@ class Run:
                 self.rows = [x for x in kept if "eval_reward" not in x]
 
     def resume(self, trainer) -> int:
-        """Load the checkpoint that the run starts from, if any; returns the first step to do. One
-        that cannot be loaded is named; the one before it in this run's folder is taken, and without
-        one the run stops. Collective."""
+        """Load the checkpoint to start from; returns the first step. One that cannot be loaded is
+        named, and the one before it here is taken, or the run stops. Collective."""
         began = self.checkpoint or self.world.restart > 0
         while self.checkpoint:
             path = pathlib.Path(self.checkpoint)
@@ -169,7 +167,7 @@ class Run:
             role = "generator" if info["rank"] in self.world.generator_ranks else "trainer"
             report.append_spans(self.folder, role, info, step)
             for part in info.get("evals", []):
-                self.evaluation(**part)
+                report.evaluation(self, **part)
         if metrics:
             rate = {"tokens_per_second": metrics["tokens"] / times["step_s"]}
             line = {"step": step, **metrics, **times, **rate}
@@ -181,16 +179,6 @@ class Run:
                 self.bar = tqdm(total=self.cfg.steps, initial=step, unit="step", **where)
             self.bar.set_postfix(report.postfix(line, self.evals), refresh=False)
             self.bar.update(step + 1 - self.bar.n)
-
-    def evaluation(self, version: int, rewards: list[float], of: int):
-        """One engine's part of an evaluation; its line is written when all parts are here."""
-        have = self.partial.setdefault(version, [])
-        have += rewards
-        if len(have) == of:
-            mean, spread = statistics.fmean(have), statistics.stdev(have) if of > 1 else 0.0
-            self.evals[version] = mean, spread / of**0.5
-            line = {"step": version, "eval_reward": mean, "eval_stderr": spread / of**0.5}
-            self.live.log({**line, "eval_rows": of})
 
     def finish(self, says: bool = True):
         """The bar's end, the curves, and the table that a person reads: once, whoever asks. Where

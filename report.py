@@ -203,6 +203,17 @@ def times(run, infos: list[dict]) -> dict[str, float]:
     return out
 
 
+def evaluation(run, version: int, rewards: list[float], of: int):
+    """One engine's part of an evaluation; its line is written when all parts are here."""
+    have = run.partial.setdefault(version, [])
+    have += rewards
+    if len(have) == of:
+        mean, spread = statistics.fmean(have), statistics.stdev(have) if of > 1 else 0.0
+        run.evals[version] = mean, spread / of**0.5
+        line = {"step": version, "eval_reward": mean, "eval_stderr": spread / of**0.5}
+        run.live.log({**line, "eval_rows": of})
+
+
 def note_engine(spans: list[tuple[str, float, float]], name: str, start: float, end: float):
     """An engine's steps, and its waits between them, as one span as long as nothing else comes."""
     if name in ("generate", "idle"):

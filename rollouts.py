@@ -120,9 +120,9 @@ class Row:
 
     def name(self) -> str:
         """For a person."""
-        kind, prompt = "evaluation of version" if self.evaluates else "step", self.episode.problem
+        kind = "evaluation of version" if self.evaluates else "step"
         where = f"{kind} {self.step}, slot {self.slot}, reply {self.reply}"
-        return f"{where}, prompt {prompt['prompt'][:60]!r}"
+        return f"{where}, prompt {self.episode.problem['prompt'][:60]!r}"
 
     @property
     def index(self) -> int:

@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import sys
+import threading
 import time
 import traceback
 from operator import ge, gt, le, lt
@@ -271,10 +272,9 @@ class World:
 
 def watch(world: World, run: Run):
     """SIGTERM and Ctrl-C set `world.stopping`: the loop ends between two steps, with a checkpoint.
-    If it has not ended after `stop_seconds` (a long step, or its peer is gone), the signals' thread
-    ends the process; a checkpoint or an export that has begun is awaited. torchrun has a limit of
-    its own: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30 seconds. The heartbeat learns what phases may
-    last."""
+    If it has not ended after `stop_seconds` (a long step, or its peer is gone), this thread ends
+    the process; what is being written is awaited. torchrun has a limit of its own:
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30 seconds. The heartbeat learns what phases may last."""
 
     def stop():
         world.stopping, end = True, time.monotonic() + run.cfg.stop_seconds
@@ -288,8 +288,7 @@ def watch(world: World, run: Run):
         HEART.exit()
 
     slow = ("start", "the loop", "build engine", "save", "export")
-    limits = dict.fromkeys(slow, run.cfg.start_seconds)
-    HEART.limit = lambda phase: limits.get(phase, run.cfg.stuck_seconds)
+    HEART.limit = lambda phase: run.cfg.start_seconds if phase in slow else run.cfg.stuck_seconds
     HEART.logs, HEART.screen, HEART.told_to_stop = run.log_file.parent, run.screen, stop
 
 
@@ -308,10 +307,7 @@ def launch(main, config_class, check):
         if cfg.resume not in ("no", "auto") and not is_checkpoint(pathlib.Path(cfg.resume)):
             raise UserError(f"resume={cfg.resume}: not a checkpoint; give its folder, auto or no")
     except UserError as error:
-        if HEART.rank == 0:
-            print(f"nanoforge: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(5)  # rank 0 says it, once; torchrun ends the others when it has left
+        HEART.say(f"nanoforge: {error}")
         HEART.exit(2)
     try:
         world.connect()
@@ -328,8 +324,7 @@ def launch(main, config_class, check):
 
 def say_what_failed(error: BaseException, world: World, run: Run | None):
     """One sentence on the screen, about the first rank that failed; each traceback in its log. A
-    lost connection is the echo of another's end: a dead rank of this node is named instead, and a
-    lost node is missed by the heartbeat in a while."""
+    lost connection is the echo of another's end: a dead rank of this node is named instead."""
     traceback.print_exc()
     what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     line, dead = HEART.line(world.rank, HEART.phase, what.splitlines()[0]), ""
@@ -338,7 +333,8 @@ def say_what_failed(error: BaseException, world: World, run: Run | None):
     while time.monotonic() < end and not dead and not world.has_failed():
         time.sleep(0.1)
         dead = HEART.dead()
-    if run:
+    if run:  # a sink's network may be what is down
+        threading.Timer(10, lambda: (HEART.say(dead or line), HEART.exit())).start()
         with contextlib.suppress(Exception):
             run.finish(says=not world.has_failed())
     HEART.say(dead or line)

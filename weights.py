@@ -25,7 +25,7 @@ def stream(trainer):
             p.detach().full_tensor(),
             trainer.policy.lm.get_submodule(name.rpartition(".")[0]),
         )
-        if hasattr(layer, "lora_A"):
+        if name.endswith(".weight") and hasattr(layer, "lora_A"):
             b, a = layer.lora_B.detach().full_tensor(), layer.lora_A.detach().full_tensor()
             full = torch.addmm(full, b, a, alpha=layer.scale)
         yield name, full
@@ -147,10 +147,10 @@ def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torc
 
 
 def save_adapters(tensors: dict[str, torch.Tensor], cfg, folder: pathlib.Path):
-    """In PEFT's format, which vLLM loads too."""
+    """In PEFT's format."""
     about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model}
-    about |= {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha}
-    about["target_modules"] = sorted({name.split(".")[-3] for name in tensors})
+    targets = sorted({name.split(".")[-3] for name in tensors})
+    about |= {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": targets}
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
     save_file(

@@ -1,9 +1,8 @@
 """Where the user's code runs: environments and rewards, with a time limit for each call.
 
-Plain functions run in processes: a thread that does not return could not be ended, and one that
-holds the interpreter's lock would hold up the engine. They are forked before the engine is built,
-so a task needs no pickling: what travels is an Episode. A task with `async` functions is awaited in
-one thread, where thousands of episodes wait for their tools at once.
+Plain functions run in processes, which can be ended and hold up no engine. They are forked before
+the engine is built, so a task needs no pickling: what travels is an Episode. A task with `async`
+functions is awaited in one thread, where thousands of episodes wait for their tools at once.
 """
 
 import asyncio
@@ -19,6 +18,7 @@ import queue
 import signal
 import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
@@ -35,10 +35,11 @@ class Workers:
     def __init__(self, task: Task, count: int, seconds: float):
         self.task, self.seconds, self.mean, self.loop = task, seconds, PORTION, None
         self.waiting: list[tuple[Row, bool]] = []  # for `answers` to hand them out
-        self.jobs: dict[concurrent.futures.Future, list[Row]] = {}
+        self.jobs: dict[concurrent.futures.Future, tuple] = {}  # -> (rows, when they were asked)
         self.done = queue.SimpleQueue()  # of futures
         if any(map(inspect.iscoroutinefunction, (task.reply, *task.rewards))):
             self.loop = asyncio.new_event_loop()
+            self.loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(1000))
             threading.Thread(target=self.loop.run_forever, daemon=True).start()
         else:
             fork = multiprocessing.get_context("fork")
@@ -46,7 +47,7 @@ class Workers:
             self.pool.submit(os.getpid).result()  # forks them all
 
     def __len__(self) -> int:
-        return len(self.waiting) + sum(map(len, self.jobs.values()))
+        return len(self.waiting) + sum(len(rows) for rows, _ in self.jobs.values())
 
     def ask(self, row: Row, may_go_on: bool):
         self.waiting.append((row, may_go_on))
@@ -58,27 +59,34 @@ class Workers:
         bare = [(Row(*row.key[1:], row.episode, row.evaluates), more) for row, more in part]
         return self.pool.submit(answer, bare, self.seconds)
 
-    def answers(self, wait: bool = False) -> list[tuple[Row, str | None]]:
-        """(row, the environment's reply) for what has come back, None once it has its rewards; with
-        `wait` for all. UserError where a call failed, or took longer than it may."""
+    def answers(self, wait: float = 0.0) -> list[tuple[Row, str | None]]:
+        """(row, the environment's reply) for what has come back, None once it has its rewards; the
+        first is awaited for `wait` seconds. UserError where a call failed or took too long."""
         size = 1 if self.loop else max(1, int(PORTION / self.mean))  # quick ones share a message
         for first in range(0, len(self.waiting), size):
             part = self.waiting[first : first + size]
             future = self.submit(part)
-            self.jobs[future] = [row for row, _ in part]
+            self.jobs[future] = [row for row, _ in part], time.monotonic()
             future.add_done_callback(self.done.put)
         self.waiting, out = [], []
-        while self.jobs if wait else not self.done.empty():
-            future = self.done.get()
-            rows = self.jobs.pop(future)
+        while self.jobs:
+            try:
+                future = self.done.get(bool(wait) and not out, wait or None)
+            except queue.Empty:
+                break
+            rows, _ = self.jobs.pop(future)
             try:
                 results = future.result()
-            except concurrent.futures.process.BrokenProcessPool:
+            except BrokenProcessPool:
                 where = f"{rows[0].name()}, or another row that was with the task; see the log"
                 raise UserError(f"a process of the task died ({where})") from None
             for row, (reply, row.rewards, row.episode.state, seconds) in zip(rows, results):
                 self.mean = 0.9 * self.mean + 0.1 * seconds
                 out.append((row, reply))
+        for rows, since in list(self.jobs.values())[:1] if self.loop else ():  # the oldest
+            if time.monotonic() - since > (self.seconds + 1) * (1 + len(self.task.rewards)):
+                where = f"task_seconds={self.seconds:g} ({rows[0].name()}, or one beside it)"
+                raise UserError(f"an async function did not give way for longer than {where}")
         return out
 
 

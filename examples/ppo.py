@@ -20,6 +20,10 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+import heartbeat
+
+heartbeat.start(__name__)
+
 import grpo
 import losses
 import weights
@@ -124,7 +128,7 @@ class ValueModel(nn.Module):
         hidden = self.body(
             input_ids=pack.tokens,
             position_ids=pack.positions,
-            attention_mask=pack.tokens.new_zeros(1, 1, 1, 1),  # see model.check_config
+            attention_mask=pack.tokens.new_zeros(1, 1, 1, 1),  # see model.unsupported
             use_cache=False,
             pack=pack,
         ).last_hidden_state.flatten(0, 1)
@@ -207,7 +211,7 @@ class Actor(Trainer):
         super().load(folder)
         if self.world.trains:
             self.critic.version, steps = self.version, self.optimizer.state.values()
-            for p in self.critic.policy.parameters():  # both have made the same updates
+            for p in self.critic.trained.values():  # both have made the same updates
                 self.critic.optimizer.state[p]["step"].copy_(next(iter(steps))["step"])
 
 
