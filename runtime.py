@@ -333,8 +333,8 @@ def say_what_failed(error: BaseException, world: World, run: Run | None):
     while time.monotonic() < end and not dead and not world.has_failed():
         time.sleep(0.1)
         dead = HEART.dead()
-    if run:  # a sink's network may be what is down
-        threading.Timer(10, lambda: (HEART.say(dead or line), HEART.exit())).start()
-        with contextlib.suppress(Exception):
-            run.finish(says=not world.has_failed())
+    if run:  # not for ever: a sink's network may be what is down
+        says = not world.has_failed()
+        ending = threading.Thread(target=run.finish, args=(says,), daemon=True)
+        ending.start(), ending.join(10)
     HEART.say(dead or line)

@@ -139,7 +139,8 @@ def make_generator():
 
     def make(task, tokenizer, **values) -> Generator:
         cfg = settings(str(ROOT / "assets/calculator"), deterministic=True, **values)
-        world = SimpleNamespace(generates=False, cuda=False, engine=0, leads=True, engines=[[0]])
+        world = SimpleNamespace(generates=False, cuda=False, engine=0, leads=True)
+        world.engines, world.lap = [[0]], lambda: None
         made = Generator(cfg, world, task, tokenizer, version=1)
         made.rows, made.groups, made.complete = {}, {}, {}
         made.refills, made.open, made.queue = {}, {}, []
