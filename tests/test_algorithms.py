@@ -73,6 +73,7 @@ def test_groups_that_teach_nothing_are_drawn_again(several):
     assert drawn == sum(x.get("refills", 0) for x in learned(several)) > 0
 
 
+@pytest.mark.long
 def test_a_teacher_alone(tiny, tmp_path):
     """Another architecture with the same tokens; one reply a prompt is enough."""
     args = ["--group_size=1", f"--teacher={tiny('llama')}", "--loss=reinforce", "--steps=1"]

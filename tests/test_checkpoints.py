@@ -53,7 +53,8 @@ def killed_in_a_save(folder, rank: int) -> bool:
     return partial.exists()
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long  # test_faults has the same by torchrun's restart
+@pytest.mark.parametrize("rank", [0, 1])
 def test_killed_during_a_save_a_run_resumes_to_the_same_result_bitwise(sft, tmp_path, rank):
     for attempt in range(5):
         folder = tmp_path / f"r{attempt}"

@@ -204,7 +204,10 @@ def leaves_nothing(group):
     return subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True).stdout == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SIGINT = pytest.param(signal.SIGINT, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("number", [SIGINT, signal.SIGTERM])
 def test_told_to_stop_it_saves_and_resumes(tmp_path, number):
     folder = tmp_path / "r"
     args = [*SMALL, f"--run_dir={folder}", "--eval_size=0", "--check_weights=false"]
