@@ -177,7 +177,7 @@ def test_every_eos_is_known(tiny):
         ("GPTNeoXForCausalLM", {}, "lm.model.layers"),
         ("OPTForCausalLM", {}, "lm.model.layers"),
         ("GPT2LMHeadModel", {}, "not a causal language model"),
-        ("StableLmForCausalLM", {}, "layers do not hand packed rows on"),
+        ("StableLmForCausalLM", {}, "take packed rows"),
         ("Gemma2ForCausalLM", {}, "soft-capped"),
         ("MistralForCausalLM", {"sliding_window": 8}, "sliding-window"),
     ],
