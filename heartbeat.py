@@ -39,7 +39,6 @@ class Heartbeat:
         self.phase, self.waits, self.moved, self.still, self.beats = "start", False, True, 0, 0
         self.store, self.ended, self.heard, self.after = None, False, {}, 0
         self.lock = threading.Lock()
-        # What settings and run folder add later:
         self.names, self.logs = [f"rank {rank}" for rank in range(self.size)], None
         self.limit, self.screen = lambda phase: 3600.0, sys.stderr  # ticks without a move
         # Called once, in a thread, after SIGTERM or SIGINT, of which some rank's death may be why:
@@ -101,9 +100,10 @@ class Heartbeat:
         beats = None
         while beats != self.beats:
             beats = self.beats
-            for _ in range(SILENT + 5):  # ticks too
+            for _ in range(12):  # ticks too
                 time.sleep(TICK)
-        print(self.line(self.rank, self.phase, "torchrun's store is silent"), file=self.screen)
+        if self.rank == self.local[0]:
+            print(self.line(self.rank, self.phase, "torchrun's store is silent"), file=self.screen)
         os._exit(1)
 
     def run(self):

@@ -354,7 +354,7 @@ def test_a_restart_over_two_nodes(two_nodes, matrix, sft, tmp_path, node):
 
 
 @long
-@pytest.mark.parametrize(("lost", "how"), [(1, "kill"), (0, "kill"), (1, "stop")])
+@pytest.mark.parametrize(("lost", "how"), [(1, "kill"), (0, "kill"), (1, "stop"), (0, "stop")])
 def test_a_lost_node(two_nodes, matrix, lost, how):
     """One agent and all its ranks are killed, or fall silent."""
     launcher = ["--nproc_per_node=2", "--node_rank=NODE", "--master_addr=127.0.0.1"]
