@@ -45,7 +45,7 @@ class Heartbeat:
         self.told_to_stop = lambda: (self.say(self.dead()), self.exit())
 
     def start(self):
-        """Connect to torchrun's store, and beat until `end`. From here on signals go to a thread: a
+        """Connect to torchrun's store, and beat until `exit`. From here on signals go to a thread: a
         main thread that is inside a collective never comes back to Python."""
         self.store = connect_store(datetime.timedelta(seconds=10))
         if len(self.local) < self.size:  # nodes count their restarts each for itself
@@ -65,7 +65,7 @@ class Heartbeat:
         return f"nanoforge/{self.attempt}/{name}"
 
     def enter(self, phase: str):
-        """The rank is in another phase, and the store says so at once."""
+        """The rank is in another phase, and the store says so."""
         self.phase, self.waits, self.moved = phase, False, True
         if self.store is not None and not self.ended:
             with contextlib.suppress(RuntimeError):  # the store is gone: `run` sees to it
@@ -103,7 +103,7 @@ class Heartbeat:
             for _ in range(12):  # ticks too
                 time.sleep(TICK)
         if self.rank == self.local[0]:
-            print(self.line(self.rank, self.phase, "torchrun's store is silent"), file=self.screen)
+            print(f"\n{self.line(self.rank, self.phase, 'torchrun is silent')}", file=self.screen)
         os._exit(1)
 
     def run(self):
