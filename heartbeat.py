@@ -45,7 +45,7 @@ class Heartbeat:
         self.told_to_stop = lambda: (self.say(self.dead()), self.exit())
 
     def start(self):
-        """Connect to torchrun's store, and beat until `exit`. From here on signals go to a thread: a
+        """Connect to torchrun's store, beat until `exit`. From here on signals go to a thread: a
         main thread that is inside a collective never comes back to Python."""
         self.store = connect_store(datetime.timedelta(seconds=10))
         if len(self.local) < self.size:  # nodes count their restarts each for itself
