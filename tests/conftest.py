@@ -163,3 +163,15 @@ def world(monkeypatch):
     monkeypatch.setattr(HEART, "phase", "start")
     yield world
     world.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)

@@ -88,18 +88,6 @@ def test_what_is_written_is_what_was_there(world, tmp_path):
     assert all(torch.equal(full, before[name]) for name, full in stream(trainer))
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system takes root")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 def test_a_full_disk_during_a_save(small_disk, tmp_path):
     """7 MiB do not fit: the run ends with the reason, and no half of a checkpoint is taken."""
     (tmp_path / "r").mkdir()

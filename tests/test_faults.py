@@ -278,18 +278,6 @@ def test_a_reply_that_never_ends(watch, matrix, tiny):
     matrix("a reply that never ends", "", "collect", None, 0, "cut off at max_new_tokens")
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system takes root")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 @long
 def test_a_full_disk_during_a_save(watch, matrix, small_disk, tmp_path):
     """7 MiB do not fit: the run ends with the reason, and no half of a checkpoint is taken."""
