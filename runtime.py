@@ -306,8 +306,8 @@ def launch(main, config_class, check):
             raise UserError(problem)
         if cfg.resume not in ("no", "auto") and not is_checkpoint(pathlib.Path(cfg.resume)):
             raise UserError(f"resume={cfg.resume}: not a checkpoint; give its folder, auto or no")
-    except UserError as error:
-        HEART.say(f"nanoforge: {error}")
+    except Exception as error:
+        HEART.say(f"nanoforge: {error if isinstance(error, UserError) else repr(error)}")
         HEART.exit(2)
     try:
         world.connect()
