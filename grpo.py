@@ -38,7 +38,7 @@ class Config:
     task: str = "calculator"  # or sum_digits, countdown, gsm8k, a .jsonl file, my_file.py:MyTask
     task_data: str = ""  # folder, file or hub name for tasks that read data
     task_workers: int = 8  # processes for environments and rewards; at least 1
-    task_seconds: float = 60.0  # of one call of the environment or of a reward; above 0
+    task_seconds: float = 60.0  # time limit of one call of environment or reward; above 0
     prompts_per_step: int = 16  # prompts (groups) in a batch; at least 1
     group_size: int = 8  # replies to each prompt; at least 1
     max_prompt_tokens: int = 32  # longer prompts are left out and counted; at least 1
