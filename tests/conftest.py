@@ -10,6 +10,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+SFT = ["--rows_per_step=16", "--eval_size=16", "--eval_every=1", "--steps=4", "--save_every=1"]
 SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ |= {
@@ -175,3 +176,12 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small file system takes root")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture(scope="session")
+def sft(tmp_path_factory):
+    """A run of two trainers that nobody disturbs."""
+    from test_runs import good
+
+    folder = tmp_path_factory.mktemp("sft") / "r"
+    return good(run(2, "sft.py", *SFT, f"--run_dir={folder}"), folder)

@@ -21,7 +21,6 @@ from conftest import ROOT, logs
 DEADLINE = 30  # seconds in which every rank has to be gone
 SMALL = ["--prompts_per_step=6", "--group_size=4", "--eval_size=12", "--eval_every=2"]
 SMALL += ["--steps=4", "--deterministic=true", "--save_every=1", "--save_rollouts=true"]
-SFT = ["--rows_per_step=16", "--eval_size=16", "--eval_every=1", "--steps=4", "--save_every=1"]
 PHASES = {  # as the issue calls them -> as the ranks do
     "start": {"start"},
     "build": {"build engine"},

@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT, lines, logs, run, torchrun
+from conftest import ROOT, SFT, lines, logs, run, torchrun
 from safetensors.torch import load_file
 from test_record import checkpoint, start
 from test_runs import good, said_by_the_failed
@@ -20,15 +20,7 @@ from sft import Config
 from trainer import Trainer
 from weights import stream
 
-SFT = ["--rows_per_step=16", "--eval_size=16", "--eval_every=1", "--steps=4", "--save_every=1"]
 TIMES = ("_s", "per_second")  # endings of the metrics that are times
-
-
-@pytest.fixture(scope="module")
-def sft(tmp_path_factory):
-    """A run of two trainers that nobody disturbs."""
-    folder = tmp_path_factory.mktemp("sft") / "r"
-    return good(run(2, "sft.py", *SFT, f"--run_dir={folder}"), folder)
 
 
 def learned(folder):

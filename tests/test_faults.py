@@ -13,8 +13,8 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT, logs, trace
-from faults import DEADLINE, PHASES, SFT, SMALL, Watched, free_port
+from conftest import ROOT, SFT, logs, trace
+from faults import DEADLINE, PHASES, SMALL, Watched, free_port
 from test_runs import assert_same_run, good, learned, run
 
 long = pytest.mark.long
@@ -73,13 +73,6 @@ def test_killed_or_stopped(watch, matrix, script, ranks, rank, phase, how):
     assert ("died" if how == "kill" else "was suspended for 15 s") in line
     assert early or f"log/rank{rank}.log" in line
     watched.leaves_nothing()
-
-
-@pytest.fixture(scope="module")
-def sft(tmp_path_factory):
-    """A run of two trainers that nobody disturbs."""
-    folder = tmp_path_factory.mktemp("sft") / "r"
-    return good(run(2, "sft.py", *SFT, f"--run_dir={folder}"), folder)
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +278,7 @@ def test_a_full_disk_during_a_save(watch, matrix, small_disk, tmp_path):
     (tmp_path / "r0/checkpoints").symlink_to(small_disk)
     watched = watch("sft.py", 2)
     code, line = watched.end(), watched.last_line()
-    matrix("a full disk", "rank 0 of SFT", "save", None, code, line)
+    matrix("a full disk", "both trainers", "save", None, code, line)
     assert code != 0 and "was not written: " in line and "No space left on device" in line
     assert not list(small_disk.glob("step-*")) and not list(small_disk.glob("partial-*"))
     watched.leaves_nothing()
