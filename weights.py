@@ -18,16 +18,43 @@ def parameters(trainer):
     return [(name.removeprefix("lm."), p) for name, p in named if ".lora_" not in name]
 
 
+def shard(trainer, name: str, p) -> torch.Tensor:
+    """This trainer's rows of a parameter, LoRA merged: B is cut as W is. Collective with LoRA."""
+    if not getattr(trainer.cfg, "lora_rank", 0) or not name.endswith(".weight"):
+        return p.to_local()
+    layer = trainer.policy.lm.get_submodule(name.removesuffix(".weight"))
+    if not hasattr(layer, "lora_A"):
+        return p.to_local()
+    a, b = layer.lora_A.full_tensor(), layer.lora_B.to_local()
+    return torch.addmm(p.to_local(), b, a, alpha=layer.scale)
+
+
+def fill(views: list[torch.Tensor], shards: list[torch.Tensor], group):
+    """Full tensors, views of one flat tensor, from every trainer's shards of them, which are cast
+    first. FSDP2 cuts the first dimension into equal parts, the last ones short or empty: one
+    all-gather brings the parts of all tensors, each in the room of a whole one. Collective."""
+    if (n := dist.get_world_size(group)) == 1:
+        torch._foreach_copy_(views, shards)
+        return
+    rooms = [-(-len(v) // n) * math.prod(v.shape[1:]) for v in views]
+    mine, parts = (views[0].new_empty(k * sum(rooms)) for k in (1, n))
+    own = [part[: s.numel()].view_as(s) for part, s in zip(mine.split(rooms), shards)]
+    torch._foreach_copy_(own, shards)
+    dist.all_gather_into_tensor(parts, mine, group=group)
+    pairs = []
+    for view, part in zip(views, parts.view(n, -1).split(rooms, dim=1)):
+        if part.numel() > view.numel():
+            part = part.reshape(1, -1)[:, : view.numel()]
+        pairs.append((view.view(len(part), -1), part))
+    torch._foreach_copy_(*zip(*pairs))
+
+
+@torch.no_grad()
 def stream(trainer):
-    """Yield (Hugging Face name, full tensor) of each parameter, LoRA merged. Collective."""
+    """Yield (Hugging Face name, full tensor) of each parameter. Collective over the trainers."""
     for name, p in parameters(trainer):
-        full, layer = (
-            p.detach().full_tensor(),
-            trainer.policy.lm.get_submodule(name.rpartition(".")[0]),
-        )
-        if name.endswith(".weight") and hasattr(layer, "lora_A"):
-            b, a = layer.lora_B.detach().full_tensor(), layer.lora_A.detach().full_tensor()
-            full = torch.addmm(full, b, a, alpha=layer.scale)
+        full = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+        fill([full], [shard(trainer, name, p)], trainer.world.mesh[-1])
         yield name, full
 
 
@@ -48,20 +75,34 @@ def checksum(tensor: torch.Tensor) -> int:
     return int(tensor.contiguous().view(bits).long().sum())
 
 
+@torch.no_grad()  # hundreds of parameters: DTensor is quick then
 def buckets_through(trainer, world, dtype):
-    """Yield each bucket as {name: view of a flat tensor}, where weights arrive. Collective."""
-    tensors = stream(trainer) if world.trains else None
-    for bucket in world.buckets:
-        sizes = [math.prod(shape) for shape in bucket.values()]
-        flat = torch.empty(sum(sizes), dtype=dtype, device=world.device)
-        views = {name: x.view(shape) for (name, shape), x in zip(bucket.items(), flat.split(sizes))}
+    """Yield each bucket as {name: view of a flat tensor}, where weights arrive. The one behind it
+    is on its way by then: two at a time, at the two ends of one buffer. Collective."""
+    sizes = [[math.prod(shape) for shape in bucket.values()] for bucket in world.buckets]
+    sums = [*map(sum, sizes), 0]
+    buffer = torch.empty(max(map(sum, zip(sums, sums[1:]))), dtype=dtype, device=world.device)
+    mine, ahead = dict(parameters(trainer)) if world.trains else {}, None
+    for k, bucket in enumerate(world.buckets):
+        flat = buffer[: sums[k]] if k % 2 == 0 else buffer[len(buffer) - sums[k] :]
+        views = [x.view(shape) for x, shape in zip(flat.split(sizes[k]), bucket.values())]
+        work = None
         if world.trains:
-            for (planned, view), (name, full) in zip(views.items(), tensors):
-                assert name == planned, f"the stream is at {name}, the plan at {planned}"
-                view.copy_(full)  # casts to the engine's type
+            fill(views, [shard(trainer, name, mine[name]) for name in bucket], world.mesh[-1])
         if world.carries_weights:
-            dist.broadcast(flat, src=world.first_trainer, group=world.weights)
-        yield views
+            how = {"src": world.first_trainer, "group": world.weights, "async_op": True}
+            work = dist.broadcast(flat, **how)
+        if ahead:
+            yield arrived(*ahead)
+        ahead = dict(zip(bucket, views)), work
+    yield arrived(*ahead)
+
+
+def arrived(views: dict[str, torch.Tensor], work) -> dict[str, torch.Tensor]:
+    """On a GPU its stream waits, and not the host."""
+    if work:
+        work.wait()
+    return views
 
 
 def sync(trainer, generator, world):
