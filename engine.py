@@ -157,13 +157,11 @@ class Writes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         into, *others = [x for x in args if torch.is_tensor(x)] or [None]
         if func is aten.copy_.default and others[0].untyped_storage().data_ptr() == self.memory:
-            part = others[0]
-            at = part.storage_offset() - self.start
-            self.copies.append((into, part.size(), part.stride(), at))
-        elif func._schema.is_mutable and not others:
+            at = others[0].storage_offset() - self.start
+            self.copies.append((into, others[0].size(), others[0].stride(), at))
+        elif func._schema.is_mutable:  # else it is computed from what came, and is no copy
             self.constants.append(functools.partial(func, *args, **(kwargs or {})))
-        elif func._schema.is_mutable:  # of something that was computed from what came
-            self.only_copies = False
+            self.only_copies &= not others
         return func(*args, **(kwargs or {}))
 
     def again(self, flat: torch.Tensor):

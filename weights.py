@@ -41,12 +41,12 @@ def fill(views: list[torch.Tensor], shards: list[torch.Tensor], group):
     own = [part[: s.numel()].view_as(s) for part, s in zip(mine.split(rooms), shards)]
     torch._foreach_copy_(own, shards)
     dist.all_gather_into_tensor(parts, mine, group=group)
-    pairs = []
-    for view, part in zip(views, parts.view(n, -1).split(rooms, dim=1)):
-        if part.numel() > view.numel():
-            part = part.reshape(1, -1)[:, : view.numel()]
-        pairs.append((view.view(len(part), -1), part))
-    torch._foreach_copy_(*zip(*pairs))
+    parts = parts.view(n, -1).split(rooms, dim=1)
+    parts = [
+        p if p.numel() == v.numel() else p.flatten()[: len(v.flatten())]
+        for v, p in zip(views, parts)
+    ]
+    torch._foreach_copy_([v.view(p.shape) for v, p in zip(views, parts)], parts)
 
 
 @torch.no_grad()
@@ -75,40 +75,35 @@ def checksum(tensor: torch.Tensor) -> int:
     return int(tensor.contiguous().view(bits).long().sum())
 
 
-@torch.no_grad()  # hundreds of parameters: DTensor is quick then
+@torch.no_grad()  # DTensor is quick then, and there are hundreds of parameters
 def buckets_through(trainer, world, dtype):
     """Yield each bucket as {name: view of a flat tensor}, where weights arrive. The one behind it
     is on its way by then: two at a time, at the two ends of one buffer. Collective."""
-    sizes = [[math.prod(shape) for shape in bucket.values()] for bucket in world.buckets]
-    sums = [*map(sum, sizes), 0]
+    sums = [sum(map(math.prod, bucket.values())) for bucket in world.buckets] + [0]
     buffer = torch.empty(max(map(sum, zip(sums, sums[1:]))), dtype=dtype, device=world.device)
-    mine, ahead = dict(parameters(trainer)) if world.trains else {}, None
-    for k, bucket in enumerate(world.buckets):
-        flat = buffer[: sums[k]] if k % 2 == 0 else buffer[len(buffer) - sums[k] :]
-        views = [x.view(shape) for x, shape in zip(flat.split(sizes[k]), bucket.values())]
-        work = None
-        if world.trains:
-            fill(views, [shard(trainer, name, mine[name]) for name in bucket], world.mesh[-1])
-        if world.carries_weights:
+    mine, coming = dict(parameters(trainer)) if world.trains else {}, []
+    for k, (bucket, size) in enumerate(zip([*world.buckets, {}], sums)):
+        flat, work = buffer[:size] if k % 2 == 0 else buffer[len(buffer) - size :], None
+        parts = flat.split([math.prod(shape) for shape in bucket.values()])
+        views = {name: x.view(shape) for (name, shape), x in zip(bucket.items(), parts)}
+        if world.trains and bucket:
+            own = [shard(trainer, name, mine[name]) for name in bucket]
+            fill(list(views.values()), own, world.mesh[-1])
+        if world.carries_weights and bucket:
             how = {"src": world.first_trainer, "group": world.weights, "async_op": True}
             work = dist.broadcast(flat, **how)
-        if ahead:
-            yield arrived(*ahead)
-        ahead = dict(zip(bucket, views)), work
-    yield arrived(*ahead)
-
-
-def arrived(views: dict[str, torch.Tensor], work) -> dict[str, torch.Tensor]:
-    """On a GPU its stream waits, and not the host."""
-    if work:
-        work.wait()
-    return views
+        coming.append((views, work))
+        if k:
+            views, work = coming.pop(0)
+            if work:
+                work.wait()  # on a GPU the stream does, not the host
+            yield views
 
 
 def sync(trainer, generator, world):
     """Trainers' weights -> every engine, between two engine steps; version + 1. Collective. Flat
-    buckets, one broadcast each, from the first trainer to all generator ranks; vLLM's own loaders
-    copy the views in place (fused and tensor-parallel layers included), so captured graphs stay
+    buckets, one broadcast each, from the first trainer to all generator ranks, are copied in place
+    as vLLM's own loaders do (fused and tensor-parallel layers included), so captured graphs stay
     valid. Colocated ranks keep what their own all-gather gave."""
     with world.span("evaluate"):
         generator.finish_evaluation()
