@@ -44,7 +44,7 @@ def main(out: pathlib.Path, inflight: str):
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
     cfg = grpo.Config(model=str(model), steps=2, eval_size=0, max_prompt_tokens=300)
     cfg.prompts_per_step, cfg.group_size, cfg.max_num_seqs = 6, 4, PLACES
-    cfg.max_policy_age, cfg.inflight = 1, inflight
+    cfg.max_policy_age, cfg.inflight, cfg.dtype = 1, inflight, "float32"  # on a GPU, too
     world = World(0)
     world.connect()
     tokenizer = AutoTokenizer.from_pretrained(model)

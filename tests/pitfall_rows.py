@@ -10,11 +10,13 @@ import sys
 import time
 
 import torch
+from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import grpo
 import losses
+import weights
 from rollouts import Rollouts, Row, from_rows, gather
 from runtime import World
 from tasks import Episode
@@ -81,11 +83,30 @@ def gradient(trainer, table: Rollouts, budget: int = 40) -> tuple[torch.Tensor, 
     return torch.cat(seen), metrics
 
 
+def travels(trainer, world) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(as FSDP2 gathers it, as it travels) of tensors that it cuts unevenly, some into fewer parts
+    than there are trainers, in buckets of several sizes. Collective."""
+    random, whole = torch.Generator().manual_seed(0), trainer.policy
+    shapes = [(5, 3), (1, 4), (7,), (2, 2, 2), (1,), (9, 2)]
+    odd = [torch.nn.Parameter(torch.randn(shape, generator=random)) for shape in shapes]
+    trainer.policy = torch.nn.ParameterList(odd)
+    mesh, pairs = next(whole.parameters()).device_mesh, []
+    fully_shard(trainer.policy, mesh=mesh)
+    for limit in (1, 9, 20, 100):
+        world.buckets = weights.plan_buckets(trainer, limit)
+        mine = dict(trainer.policy.named_parameters())
+        for views in weights.buckets_through(trainer, world, torch.bfloat16):
+            pairs += [(mine[k].full_tensor().detach(), view.clone()) for k, view in views.items()]
+    trainer.policy = whole
+    return pairs
+
+
 def main(out: str, model: str):
     world = World(None)
     world.connect()
     cfg = settings(model, max_grad_norm=0.0)
     trainer, found, start = Trainer(cfg, world), {}, time.monotonic()
+    found["travels"] = travels(trainer, world)
     one_row = batch(cfg).take([1])  # for two trainers: the other has nothing to train
     for name, limit, table in (
         ("all", 0.0, batch(cfg)),

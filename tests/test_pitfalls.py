@@ -48,6 +48,13 @@ def world():
         made.close()
 
 
+def test_uneven_shards_travel_whole(two_trainers):
+    """Two trainers' shards, in buckets from one tensor to all: cast, nothing else."""
+    pairs = two_trainers.found["travels"]
+    assert len(pairs) == 4 * 6
+    assert all(torch.equal(there, full.bfloat16()) for full, there in pairs)
+
+
 @pytest.fixture(scope="module")
 def two_trainers(tiny, tmp_path_factory):
     """What pitfall_rows.py found on two ranks: name -> (gradient, metrics); and how it ended."""

@@ -59,6 +59,9 @@ def test_versions_change_at_the_borders():
     row.borders = [(2, 7), (3, 8)]  # when version 8 came 2 tokens were there, when 9 came 3
     row.append_sampled([1, 2, 3, 4, 5], [-1.0] * 5, now=9)
     assert row.version == [-1, 7, 7, 8, 9, 9]
+    row.borders = [(3, 9)]  # the engine had queued a token more than the row was to have
+    row.append_sampled([6, 7], [-1.0] * 2, now=10)
+    assert row.version == [-1, 7, 7, 8, 9, 9, 9, 9]
 
 
 def test_a_token_without_a_finite_logprob_is_not_trained():
