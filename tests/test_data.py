@@ -12,6 +12,7 @@ import report
 import sft
 from data import Examples
 from runtime import UserError, load_symbol
+from trainer import Trainer
 
 # Two templates with transformers' own mark of what the assistant says: the one all keep as it is,
 # the other leaves out the thoughts of earlier turns, as Qwen3's does.
@@ -268,3 +269,31 @@ def test_processes_tokenise_alike(tmp_path, streaming):
     path = write(tmp_path / "a.jsonl", *sums(10_000 if not streaming else 20))
     data = make(data=path, data_workers=2, streaming=streaming)
     assert texts(data, [0])[0] and (streaming or len(data.table) == 10_000)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_memory_is_counted_by_the_parameters_that_there_are(world, rank):
+    """All but the norms, which are less than 1% of the smallest model."""
+    cfg = sft.Config(model=f"{ROOT}/assets/calculator", lora_rank=rank, tokens_per_microbatch=1)
+    trainer = Trainer(cfg, world)
+    config = trainer.policy.lm.config
+    parts = report.count_memory(cfg, config, shards=1, master=4, compute=4)
+    every = sum(p.numel() for n, p in trainer.policy.named_parameters() if ".lora_" not in n)
+    some = sum(p.numel() for p in trainer.trained.values())
+    assert parts["weights"] == pytest.approx(4e-9 * every, rel=0.01)
+    assert parts["AdamW"] == 2 * parts["gradient"] == pytest.approx(8e-9 * some, rel=0.01)
+    shared = report.count_memory(cfg, config, shards=4, master=4, compute=2)
+    assert shared["weights"] == parts["weights"] / 4 and shared["gathered weights"] > 0
+
+
+def test_a_model_that_cannot_fit_says_so(world, tmp_path):
+    shape = json.loads((ROOT / "assets/blank/config.json").read_text())
+    shape |= {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 100}
+    del shape["layer_types"]
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    with pytest.raises(UserError, match="counted: .* of .* GB .*, which cannot fit: more ranks"):
+        sft.check(sft.Config(model=str(tmp_path)), world)
+    sft.check(sft.Config(), world)
