@@ -4,7 +4,9 @@ import json
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, lines, run
+from test_checkpoints import learned
+from test_runs import good
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -297,3 +299,32 @@ def test_a_model_that_cannot_fit_says_so(world, tmp_path):
     with pytest.raises(UserError, match="counted: .* of .* GB .*, which cannot fit: more ranks"):
         sft.check(sft.Config(model=str(tmp_path)), world)
     sft.check(sft.Config(), world)
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_run_on_files_resumes_to_the_same_result(tmp_path, streaming):
+    """Two trainers, two sources, each judged on exactly one pass; batches by tokens."""
+    a, b = write(tmp_path / "a.jsonl", *sums(60)), write(tmp_path / "b.jsonl", *sums(40, 100, "1"))
+    held = [write(tmp_path / f"{x}.jsonl", *sums(9, n)) for x, n in (("c", 500), ("d", 700))]
+    args = [f"--data={a}=1,{b}=2", f"--eval_data={','.join(held)}", f"--streaming={streaming}"]
+    args += ["--tokens_per_step=120", "--eval_every=2", "--save_every=2", "--keep_checkpoints=0"]
+    args += ["--steps=6", "--lr_schedule=constant"]
+    whole = good(run(2, "sft.py", *args, f"--run_dir={tmp_path}/r"), tmp_path / "r")
+    again = tmp_path / "again"
+    resume = f"--resume={whole}/checkpoints/step-4"
+    good(run(2, "sft.py", *args, f"--run_dir={again}", resume), again)
+    assert learned(again) == learned(whole)[4:] and len(learned(again)) == 2
+    one, two = ((f / "model/model.safetensors").read_bytes() for f in (again, whole))
+    assert one == two
+    judged = [x for x in lines(whole) if "eval_loss" in x]
+    for x in judged:
+        each = [x[f"eval_loss/{name}"] for name in held]
+        tokens = [sum(len(f"{i}") + 1 for i in range(n, n + 9)) for n in (500, 700)]
+        mean = sum(loss * n for loss, n in zip(each, tokens)) / sum(tokens)
+        assert x["eval_loss"] == pytest.approx(mean) and each[0] != each[1]
+    assert len(judged) == 3
+    assert AutoTokenizer.from_pretrained(whole / "model").encode("1+1=")
