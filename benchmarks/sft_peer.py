@@ -34,7 +34,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-WARM, TOKENS, MICRO, LONGEST = 2, 32768, 16384, 2048
+WARM, LONGEST = 2, 2048
 SMALL = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 4096}
 SMALL |= {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 32}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
@@ -51,14 +51,14 @@ def rows(words: int):
 
 
 def batches(args):
-    """Lists of rows: 16, or as many as TOKENS holds."""
+    """Lists of rows: 16, or as many as `--tokens` holds."""
     if args.what == "curve":
         made = rows(args.words)
         yield from (list(itertools.islice(made, 16)) for _ in range(args.steps))
         return
     batch, tokens, left = [], 0, args.steps
     for row in rows(args.words):
-        if tokens + len(row["tokens"]) > TOKENS:
+        if tokens + len(row["tokens"]) > args.tokens:
             yield batch
             batch, tokens, left = [], 0, left - 1
             if not left:
@@ -102,7 +102,7 @@ def ours(args) -> dict:
     cfg = sft.Config(model=args.model, lr=args.lr, lr_schedule="constant", warmup_steps=0)
     cfg.beta2, cfg.weight_decay, cfg.tokens_per_microbatch = 0.999, 0.0, 2048
     if args.what == "speed":
-        cfg.tokens_per_microbatch, cfg.compile = MICRO, True
+        cfg.tokens_per_microbatch, cfg.compile = args.tokens // 2, torch.cuda.is_available()
     trainer = Trainer(cfg, world)
     clock = Clock()
     for step, batch in enumerate(batches(args)):
@@ -167,18 +167,19 @@ def peer(args) -> dict:
     how |= {
         "completion_only_loss": True,
         "train_sampling_strategy": "sequential",
-        "per_device_train_batch_size": 8 if speed else 4,
+        "per_device_train_batch_size": args.tokens // 2 // LONGEST if speed else 4,
     }
     how |= {
         "max_length": LONGEST if speed else None,
         "gradient_checkpointing": kind == "default" and speed,
     }
+    how |= {"use_cpu": not torch.cuda.is_available()}
     if speed:
-        how |= {"packing": True, "gradient_accumulation_steps": TOKENS // MICRO, "bf16": True}
+        how |= {"packing": True, "gradient_accumulation_steps": 2, "bf16": True}
         how |= {"use_liger_kernel": kind in ("liger", "both", "masters")}
         how |= {"torch_compile": kind in ("compile", "both")}
     else:
-        how |= {"gradient_accumulation_steps": 4, "use_cpu": True, "bf16": False}
+        how |= {"gradient_accumulation_steps": 4, "bf16": False}
         how |= {"padding_free": kind == "ours"}
     types = torch.float32 if not speed or kind in ("default", "masters") else torch.bfloat16
     attends = "sdpa" if kind == "default" else "ours"
@@ -204,6 +205,7 @@ def child(args, python: str, *command: str) -> dict:
     run = run if command[0] == "ours" else [python]
     run += [__file__, str(args.out), args.what, args.shape, f"--who={command[0]}"]
     run += [f"--kind={command[-1]}", f"--steps={args.steps}", f"--file={file}"]
+    run += [f"--tokens={args.tokens}", f"--lr={args.lr}"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=args.timeout)
     if not file.exists():
@@ -235,6 +237,7 @@ def main():
     parser.add_argument("--peers", default="")
     parser.add_argument("--python", default=sys.executable, help="the Python that has trl")
     parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=32768, help="of a step, in two micro-batches")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--timeout", type=float, default=900)
@@ -243,14 +246,13 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     args.steps = args.steps or {"curve": 20, "speed": 7}[args.what]
-    args.words = 4096 if args.shape == "small" else 150_000
-    args.model = str(args.out / args.shape)
+    args.model = make_model(args)
+    args.words = json.loads((args.out / args.shape / "config.json").read_text())["vocab_size"]
     if args.who:
         found = {"ours": ours, "peer": peer}[args.who](args)
         pathlib.Path(args.file).write_text(json.dumps(found))
         sys.stdout.flush()
         os._exit(0)
-    make_model(args)
     kinds = {"curve": "default,ours", "speed": "default,best,liger,compile,both,masters"}
     kinds = (args.peers or kinds[args.what]).split(",")
     runs = {}
