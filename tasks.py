@@ -76,63 +76,48 @@ TASKS = {"calculator": "Calculator", "countdown": "Countdown"}
 TASKS |= {"gsm8k": "GSM8K", "sum_digits": "SumDigits"}
 
 
-class FileTask(Task):
-    """Any file with `prompt` and `answer`. The last tenth, at most 512 prompts, is held out."""
-
-    def __init__(self, cfg):
-        super().__init__(cfg)
-        examples = {}  # by prompt: one that stands twice could be on both sides
-        for where, e in read_examples(cfg.task, "train"):
-            if "answer" not in e or not isinstance(e.get("prompt"), str):
-                raise UserError(f"{where}: needs 'prompt' and 'answer', has {sorted(e)}")
-            examples[e["prompt"]] = e
-        order, held = list(examples.values()), min(512, len(examples) // 10)
-        if not held:
-            why = f"{len(order)} different prompts; one in ten is held out, so 10 at least"
-            raise UserError(f"{cfg.task}: {why}")
-        self.train, self.heldout = order[:-held], order[-held:]
-
-
 def read_examples(source: str, split: str) -> list[tuple[str, dict]]:
-    """(where it stands, example) for each example of a source: a JSONL or parquet file, a folder
-    with {split}.jsonl or {split}.parquet, or a data set on the hub (`name` or `name:subset`)."""
-    path = pathlib.Path(source)
-    if path.is_dir():
-        found = [p for end in ("jsonl", "parquet") if (p := path / f"{split}.{end}").exists()]
-        if not found:
-            raise UserError(f"{path}: no {split}.jsonl and no {split}.parquet in this folder")
-        path = found[0]
-    if path.suffix in FILES and not path.exists():
-        raise UserError(f"{path}: no such file")
-    if path.suffix in (".jsonl", ".json"):
-        return list(read_jsonl(path))
+    """(where it stands, example) for each example of a source that `open_source` knows."""
+    place, rows = open_source(source, split)
+    found = (unpack(row, place, i) for i, row in enumerate(rows, start=1))
+    return [(where, example) for where, example in found if example is not None]
+
+
+def open_source(source: str, split: str, streaming: bool = False):
+    """(its name, its rows as `datasets` has them) of a JSONL or parquet file, a folder with
+    {split}.jsonl or {split}.parquet or one that `datasets` reads, or a data set on the hub (`name`
+    or `name:subset`). A row of JSONL is its line: what stands there may be of any type."""
     import datasets
 
+    path, (name, _, subset) = pathlib.Path(source), source.partition(":")
+    path = next((p for end in FILES if (p := path / f"{split}{end}").exists()), path)
+    place, how = f"{source} ({split})", {"path": name, "name": subset or None, "split": split}
+    if path.suffix in FILES:
+        if not path.exists():
+            raise UserError(f"{path}: no such file")
+        place, how = str(path), {"path": "parquet", "data_files": str(path), "split": "train"}
+        if path.suffix != ".parquet":
+            how |= {"path": "text", "encoding_errors": "backslashreplace"}  # which JSON refuses
+            how["features"] = datasets.Features({"jsonl": datasets.Value("string")})
     try:
-        if path.suffix == ".parquet":
-            table = datasets.load_dataset("parquet", data_files=str(path), split="train")
-        else:
-            name, _, subset = source.partition(":")
-            table = datasets.load_dataset(name, subset or None, split=split)
+        return place, datasets.load_dataset(**how, streaming=streaming)
     except Exception as error:  # of the hub, the network, the file: the user needs the reason
         why = str(error).split("\n")[0]
-        raise UserError(f"{source} ({split}): {type(error).__name__}: {why}") from None
-    return [(f"{source} ({split}), row {i}", e) for i, e in enumerate(table.to_list(), start=1)]
+        raise UserError(f"{place}: {type(error).__name__}: {why}") from None
 
 
-def read_jsonl(path: pathlib.Path):
-    """Yield (file and line, object) for each line that is not blank."""
-    with open(path, "rb") as file:  # as text, a U+2028 inside a string would end a line too
-        for i, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                example = json.loads(line.decode())
-                if not isinstance(example, dict):
-                    raise ValueError(f"{example!r:.60}")
-            except ValueError as error:  # no UTF-8, or no JSON
-                raise UserError(f"{path}, line {i}: not a JSON object: {error}") from None
-            yield f"{path}, line {i}", example
+def unpack(row: dict, place: str, i: int) -> tuple[str, dict | None]:
+    """(where it stands, example) of the i-th row of a source; None where a line is blank."""
+    if row.keys() != {"jsonl"}:
+        return f"{place}, row {i}", row
+    text = row["jsonl"].strip()
+    try:
+        example = json.loads(text) if text else None
+        if text and not isinstance(example, dict):
+            raise ValueError(f"{example!r:.60}")
+    except ValueError as error:
+        raise UserError(f"{place}, line {i}: not a JSON object: {error}") from None
+    return f"{place}, line {i}", example
 
 
 def find_task(name: str):
@@ -144,7 +129,7 @@ def find_task(name: str):
     if name.endswith(FILES):
         if not pathlib.Path(name).exists():
             raise UserError(f"task={name}: no such file")
-        return FileTask
+        return load_symbol(f"{examples}/prompts.py:Prompts", "task")
     raise UserError(f"task={name}: known are {', '.join(TASKS)}, a .jsonl file, my_file.py:MyTask")
 
 

@@ -23,9 +23,8 @@ def learning_rate(step: int, cfg) -> float:
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     done = (step - cfg.warmup_steps) / max(cfg.steps - cfg.warmup_steps, 1)
-    cosine = (1 - math.cos(math.pi * done)) / 2
-    fall = {"constant": 0.0, "linear": done, "cosine": cosine}[cfg.lr_schedule]
-    return cfg.lr * (1 - (1 - cfg.lr_min_ratio) * fall)
+    fall = {"constant": 0.0, "linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2}
+    return cfg.lr * (1 - (1 - cfg.lr_min_ratio) * fall[cfg.lr_schedule])
 
 
 class Trainer:
@@ -39,8 +38,7 @@ class Trainer:
         self.skipped = 0  # updates in a row whose gradient was not finite
         self.background = concurrent.futures.ThreadPoolExecutor(1)
         self.policy = build_policy(cfg, world)
-        models = (frozen or {}).items()
-        self.frozen = {column: build_policy(cfg, world, path) for column, path in models}
+        self.frozen = {k: build_policy(cfg, world, path) for k, path in (frozen or {}).items()}
         how = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay, "fused": True}
         self.trained = {k: p for k, p in self.policy.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), cfg.lr, **how)
@@ -89,6 +87,8 @@ class Trainer:
             return {}
         with self.world.span("train"):
             cfg, sums, norms, divisor = self.cfg, {}, [], divisor or sampled_tokens
+            # A loss may draw numbers: by a name, so that a resumed run draws the same.
+            torch.manual_seed(hash((cfg.seed, self.version, self.world.trainer_index)))
             epochs = getattr(cfg, "epochs_per_batch", 1)
             for mini, plan in list(enumerate(rollouts.plan)) * epochs:
                 table = rollouts.all.take((rollouts.all.minibatch == mini).nonzero().flatten())
@@ -122,15 +122,19 @@ class Trainer:
             return metrics
 
     @torch.no_grad()
-    def evaluate(self, rollouts: Rollouts, loss_fn) -> float:
-        """Mean loss per sampled token of a gathered table. Collective over trainers."""
+    def evaluate(self, tables: dict[str, Rollouts], loss_fn) -> dict[str, float]:
+        """Mean loss per sampled token: of all rows of gathered tables, each once, and, where there
+        are several, of each table. Collective over trainers."""
+        sums = torch.zeros(len(tables), device=self.world.device, dtype=torch.float64)
         with self.world.span("evaluate"):
-            total = torch.zeros((), device=self.world.device, dtype=torch.float64)
-            for _, rows, pack in self.microbatches(rollouts, sum(rollouts.plan, [])):
-                total += loss_fn(self.policy(pack)[0], rows, self.cfg)[0]
+            for i, rollouts in enumerate(tables.values()):
+                for _, rows, pack in self.microbatches(rollouts, sum(rollouts.plan, [])):
+                    sums[i] += loss_fn(self.policy(pack)[0], rows, self.cfg)[0]
             reshard(self.policy)
-            dist.all_reduce(total, group=self.world.trainers)
-        return float(total) / sampled_tokens(rollouts.all)
+            dist.all_reduce(sums, group=self.world.trainers)
+        sums, counts = sums.tolist(), [sampled_tokens(rollouts.all) for rollouts in tables.values()]
+        each = {f"eval_loss/{k}": x / n for k, x, n in zip(tables, sums, counts) if len(sums) > 1}
+        return {"eval_loss": sum(sums) / sum(counts), **each}
 
     def reduce(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """This rank's sums -> means per sampled token over all trainers; `_max`, `_min`: extremes;
@@ -173,21 +177,17 @@ class Trainer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that training is, by name: tensors alone, for anything else would need pickle.
-        Settings are not in it: a resumed run goes by its own. Random states are one a trainer."""
+        Settings are not in it: a resumed run goes by its own; and random numbers have names."""
         state, steps = {}, []
         for name, p in self.trained.items():
             own = self.optimizer.state[p]
             if not own:  # as AdamW itself begins
-                own["step"] = torch.zeros((), device=p.device)
-                own |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                zeros = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
+                own |= {"step": torch.zeros((), device=p.device), **zeros}
             state[f"policy.{name}"] = p.detach()
             state |= {f"{k}.{name}": own[k].detach() for k in ("exp_avg", "exp_avg_sq")}
             steps.append(own["step"])
-        state["steps"] = torch.stack(steps)
-        state[f"random.{self.world.trainer_index}"] = torch.get_rng_state()
-        if self.world.cuda:
-            state[f"random.cuda.{self.world.trainer_index}"] = torch.cuda.get_rng_state()
-        return state
+        return {**state, "steps": torch.stack(steps)}
 
     def save(self, folder: pathlib.Path, finished=lambda: None):
         """Copy the state to host memory; a thread writes it to folder/step-N meanwhile. `finished`
@@ -242,25 +242,18 @@ class Trainer:
             return f"damaged ({type(error).__name__}: {str(error):.80})"
         if cut:
             return f"damaged ({cut[0]} is not {sizes[cut[0]]} bytes long)"
-        shapes = {name: tuple(m.size) for name, m in found.items() if "random." not in name}
-        ours = {k: tuple(v.shape) for k, v in self.state().items() if "random." not in k}
-        differ = sorted({name for name, _ in shapes.items() ^ ours.items()})
-        return f"of another model (see {differ[0]})" if differ else ""
+        ours = {(name, tuple(value.shape)) for name, value in self.state().items()}
+        differ = sorted(ours ^ {(name, tuple(m.size)) for name, m in found.items()})
+        return f"of another model (see {differ[0][0]})" if differ else ""
 
     def load(self, folder: pathlib.Path):
         """Weights, optimizer and step of a checkpoint of any number of trainers. Collective."""
         if not self.world.trains:
             return
         state, source = self.state(), dcp.HuggingFaceStorageReader(str(folder))
-        found = source.read_metadata().state_dict_metadata  # a trainer more has no random state
-        state = {name: value for name, value in state.items() if name in found}
         dcp.load(state, storage_reader=source, process_group=self.world.trainers)
         for p, step in zip(self.trained.values(), state["steps"].unbind()):
             self.optimizer.state[p]["step"].copy_(step)
-        if (mine := f"random.{self.world.trainer_index}") in state:
-            torch.set_rng_state(state[mine])
-        if (mine := f"random.cuda.{self.world.trainer_index}") in state:
-            torch.cuda.set_rng_state(state[mine])
         self.version = json.loads((folder / "about.json").read_text())["step"]
 
 

@@ -12,6 +12,7 @@ of `head_chunk` words, fp32 and bf16, and the fp32 gradient of the hidden states
 
 import pathlib
 import sys
+from types import SimpleNamespace
 
 import yaml
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import grpo
 import sft
+from report import count_memory
 
 SHAPES = {  # layers, hidden, inner, query heads, key heads of 128; words, and whether they are tied
     "Qwen/Qwen3-1.7B": (28, 2048, 6144, 16, 8, 151936, True),
@@ -26,6 +28,8 @@ SHAPES = {  # layers, hidden, inner, query heads, key heads of 128; words, and w
     "Qwen/Qwen3-32B": (64, 5120, 25600, 64, 8, 151936, False),
     "meta-llama/Llama-3.1-8B-Instruct": (32, 4096, 14336, 32, 8, 128256, False),
 }
+NAMES = "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads "
+NAMES += "vocab_size tie_word_embeddings"
 ROOT = pathlib.Path(__file__).parent.parent
 GPUS = {"qwen3_1_7b": 2, "qwen3_32b": 32}  # the others: 8
 GB, CARD, OVERHEAD = 1e9, 80e9, 4e9  # OVERHEAD: CUDA, NCCL, graphs, fragments
@@ -34,23 +38,18 @@ GB, CARD, OVERHEAD = 1e9, 80e9, 4e9  # OVERHEAD: CUDA, NCCL, graphs, fragments
 def count(path: pathlib.Path, cfg) -> str:
     """A row of the table."""
     rl = path.parent.name == "grpo"
-    layers, d, f, heads, keys, words, tied = SHAPES[cfg.model]
-    h, k, n = heads * 128, keys * 128, cfg.tokens_per_microbatch
-    layer, embedding = d * (2 * h + 2 * k) + 3 * d * f, words * d
-    p = layers * layer + embedding * (1 if tied else 2)
-    gpus = GPUS.get(path.stem, 8)
+    shape = dict(zip(NAMES.split(), SHAPES[cfg.model]))
     generators = cfg.num_generators if rl else 0
-    shards = gpus - generators
-    master, gradient = 12 * p / shards, 4 * p / shards
-    gathered = 2 * (p if shards == 1 else embedding * (1 if tied else 2) + 2 * layer)
-    kept = {"full": d, "selective": 2 * (d + h + k + f), "none": 4 * d + 3 * h + 4 * k + 3 * f}
-    activations = 2 * n * layers * kept[cfg.activation_checkpointing]
-    if cfg.activation_checkpointing == "full":
-        activations += 2 * n * kept["none"]  # the layer that is made again
-    head = n * (6 * cfg.head_chunk + 4 * d)
-    trainer = master + gathered + gradient + activations + head + OVERHEAD
+    shards = GPUS.get(path.stem, 8) - generators
+    parts = count_memory(cfg, SimpleNamespace(**shape, head_dim=128), shards, 4, 2)
+    p = parts["weights"] * GB / 4 * shards
+    layers, k = shape["num_hidden_layers"], shape["num_key_value_heads"] * 128
+    keys = shape["num_key_value_heads"]
+    trainer = sum(parts.values()) * GB + OVERHEAD
+    master = (parts["weights"] + parts["AdamW"]) * GB
+    rest = (parts[x] * GB for x in ("gradient", "gathered weights", "activations", "head"))
     cells = [f"{path.parent.name}/{path.stem}", f"{p / GB:.2f}", f"{generators} + {shards}"]
-    parts = (master, gradient, gathered, activations, head, trainer)
+    parts = (master, *rest, trainer)
     cells += [f"{x / GB:.1f}" for x in parts]
     if rl:
         weights = 2 * p / cfg.tensor_parallel_size

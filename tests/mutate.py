@@ -212,8 +212,8 @@ MUTATIONS = r"""
 + if True:
 
 22 optimizer starts anew: trainer.py
-- for name, value in state.items() if name in found}
-+ for name, value in state.items() if name in found and "exp_avg" not in name}
+- dcp.load(state, storage_reader=source
++ dcp.load({k: v for k, v in state.items() if "exp_avg" not in k}, storage_reader=source
 
 22 step starts anew: trainer.py
 - json.loads((folder / "about.json").read_text())["step"]
@@ -223,9 +223,9 @@ MUTATIONS = r"""
 - divmod(step * self.cfg.prompts_per_step + slot, len(self.train))
 + divmod(self.__dict__.setdefault("n", iter(range(10**9))).__next__(), len(self.train))
 
-22 one order for all epochs of a file: data.py
-- self.permutation(self.cfg.seed, epoch, len(self.train))
-+ vars(self).setdefault("order", self.permutation(self.cfg.seed, epoch, len(self.train)))
+22 an epoch's order without a name: data.py
+- random.Random(f"{cfg.seed}/epoch {i}").getrandbits(32)
++ random.getrandbits(32)
 
 23 given tokens are trained: rollouts.py
 - self.mask += [False] * n

@@ -14,9 +14,11 @@ from conftest import ROOT, SFT, lines, logs, run, torchrun
 from safetensors.torch import load_file
 from test_record import checkpoint, start
 from test_runs import good, said_by_the_failed
+from transformers import AutoTokenizer
 
+from data import Examples
 from rollouts import Rollouts, gather
-from sft import Config
+from sft import Config, sft_loss
 from trainer import Trainer
 from weights import stream
 
@@ -192,10 +194,18 @@ def test_a_checkpoint_by_the_clock(world, tmp_path):
             run.last_save -= 2 * 60
 
 
-def test_random_states_are_resumed(world, tmp_path):
-    trainer = Trainer(Config(model=str(ROOT / "assets/calculator")), world)
-    trainer.save(tmp_path)
-    trainer.saved()
-    drawn = torch.rand(3)
-    trainer.load(tmp_path / "step-0")
-    assert torch.equal(torch.rand(3), drawn)
+def test_a_loss_draws_the_same_numbers_after_a_resume(world):
+    """They have names, the seed's and the step's, whatever was drawn before."""
+    cfg, drawn = Config(model=str(ROOT / "assets/calculator"), rows_per_step=4, eval_size=0), []
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+
+    def loss(logprobs, rows, cfg):
+        drawn.append(torch.rand(3).tolist())
+        return sft_loss(logprobs, rows, cfg)
+
+    for step in (0, 1, 1):
+        trainer, data = Trainer(cfg, world, tokenizer), Examples(cfg, tokenizer)
+        trainer.version = step
+        torch.rand(step + 5)
+        trainer.step(gather(data.batch(step), world, 4096), loss)
+    assert drawn[1] == drawn[2] != drawn[0]

@@ -115,10 +115,12 @@ def test_a_data_file_of_anything(content):
         path.write_bytes(b"\n".join([*content, *good_rows]))
         cfg = SimpleNamespace(task=str(path), seed=0, prompts_per_step=2)
         one_sentence(lambda: tasks.load_task(cfg))
-        cfg = sft.Config(data=str(path), model="assets/calculator")
-        made = one_sentence(lambda: Examples(cfg, tokenizer))
-    if made:
-        assert made.batch(0).tokens.shape[0] == cfg.rows_per_step
+        for max_bad in (0.0, 1.0):
+            cfg = sft.Config(data=str(path), model="assets/calculator", max_bad=max_bad)
+            made = one_sentence(lambda cfg=cfg: Examples(cfg, tokenizer))
+            if made:
+                assert made.batch(0).tokens.shape[0] == cfg.rows_per_step
+    assert made  # where bad rows may be left out, the good ones are trained
 
 
 ANYTHING = strategies.lists(
@@ -163,7 +165,7 @@ def test_a_tokenizer_without_pad_or_eos(tmp_path):
         Examples(sft.Config(), bare)
     padless = tokenizer_without(tmp_path, "pad_token")
     assert eos_tokens(str(tmp_path), padless) == {2}
-    assert len(Examples(sft.Config(eval_size=2), padless).heldout) == 2
+    assert len(Examples(sft.Config(eval_size=2), padless).heldout[""]) == 2
 
 
 def test_prompts_of_no_and_of_100_000_tokens(tmp_path):

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "weights": set(),  # it is handed the trainer and the generator
     "data": {"runtime", "rollouts", "tasks"},
     "grpo": set(CORE) - {"sft"},
-    "sft": set(CORE) - {"grpo", "generator", "losses"},
+    "sft": {*CORE, "report"} - {"grpo", "generator", "losses"},
 }
 
 

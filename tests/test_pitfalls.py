@@ -19,6 +19,7 @@ from pitfall_rows import LENGTHS, batch, complete, gradient, random_row, row, se
 import data
 import grpo
 import losses
+import sft
 import tasks
 from examples.calculator import Calculator
 from generator import Generator
@@ -247,7 +248,8 @@ def test_05_eos_is_trained_when_pad_is_eos(tiny, make_generator):
     generator.rows["a"] = made = row(0, [5, 6], [])
     generator.turn_ended("a", [7, 2], [-1.0, -1.0], "stop")
     assert made.finished and made.mask == [False, False, True, True]
-    assert data.table([([5, 6, 0], [False, True, True])], 0).mask.tolist() == [[False, True, True]]
+    made = {"tokens": [5, 6, 0], "mask": [False, True, True]}
+    assert data.to_table([made], 0, 3).mask.tolist() == [[False, True, True]]
 
 
 def test_06_logprobs_do_not_depend_on_padding(tiny):
@@ -524,9 +526,11 @@ def test_22_a_resumed_run_is_the_same_run(tiny, world, tmp_path):
     (tmp_path / "data.jsonl").write_text(
         "".join(json.dumps({"prompt": f"{i}", "completion": "1"}) + "\n" for i in range(20))
     )
-    config = SimpleNamespace(data=str(tmp_path / "data.jsonl"), max_tokens=9, eval_size=0, seed=0)
-    one, two = (data.Examples(config, calculator_tokenizer()) for _ in range(2))
-    assert [one.example(i) for i in range(60)][33:] == [two.example(i) for i in range(33, 60)]
+    mine = dict(data=str(tmp_path / "data.jsonl"), eval_size=0, rows_per_step=3)
+    one, two = (data.Examples(sft.Config(**mine), calculator_tokenizer()) for _ in range(2))
+    assert [one.batch(i).tokens.tolist() for i in range(20)][11:] == [
+        two.batch(i).tokens.tolist() for i in range(11, 20)
+    ]
 
 
 def test_23_what_the_environment_says_is_not_trained(make_generator):

@@ -1,0 +1,288 @@
+"""SFT beside TRL's SFTTrainer: the same rows in the same order, the same weights, the same AdamW.
+
+    python benchmarks/sft_peer.py OUT curve --python=PEER      # a processor: losses, seconds
+    python benchmarks/sft_peer.py OUT speed qwen3-0.6b         # a GPU: tokens per second
+    python benchmarks/sft_peer.py OUT speed qwen3-1.7b --peers=default,liger,compile
+
+Each trainer runs in a process of its own. PEER is the Python that has trl (default: this one).
+Rows: random words, lengths like Alpaca's (log-normal: prompts with a median of 45 tokens, replies
+of 60, deviations 0.5 and 1, at most 1,024 together). `curve`: fp32, batches of 16 rows; SFTTrainer
+once as it comes (4 x 4 padded rows, sdpa) and once without padding, in the attention function that
+we use ("packed" of model.py). `speed`: bf16, steps of 32,768 tokens in micro-batches of 16,384;
+SFTTrainer packs to 2,048 and takes 8 packs twice. Its kinds:
+
+    default   as it comes: sdpa, checkpointing on, weights in fp32, autocast to bf16
+    best      our attention, no checkpointing, weights and AdamW in bf16
+    liger, compile, both   best with Liger's kernels, torch_compile, or with both
+    masters   liger, with weights and AdamW in fp32, as ours are
+
+Seconds are those of the steps after the first WARM ones; a start and a compilation are not in them.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import random
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+WARM, LONGEST = 2, 2048
+SMALL = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 4096}
+SMALL |= {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 32}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+
+
+def rows(words: int):
+    """Rows without end: words of a vocabulary, rare ones rarely, and what of them is trained."""
+    rng = random.Random("alpaca")
+    while True:
+        prompt = int(min(max(rng.lognormvariate(3.8, 0.5), 8), 512))
+        reply = int(min(max(rng.lognormvariate(4.1, 1.0), 2), 1024 - prompt))
+        tokens = [3 + int((words - 3) * rng.random() ** 3) for _ in range(prompt + reply)]
+        yield {"tokens": tokens, "mask": [False] * prompt + [True] * reply}
+
+
+def batches(args):
+    """Lists of rows: 16, or as many as `--tokens` holds."""
+    if args.what == "curve":
+        made = rows(args.words)
+        yield from (list(itertools.islice(made, 16)) for _ in range(args.steps))
+        return
+    batch, tokens, left = [], 0, args.steps
+    for row in rows(args.words):
+        if tokens + len(row["tokens"]) > args.tokens:
+            yield batch
+            batch, tokens, left = [], 0, left - 1
+            if not left:
+                return
+        batch, tokens = [*batch, row], tokens + len(row["tokens"])
+
+
+class Clock:
+    """Losses, tokens and times of the steps."""
+
+    def __init__(self):
+        self.losses, self.tokens, self.wall, self.cpu = [], [], [], []
+        self.tick()
+
+    def tick(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.wall.append(time.perf_counter())
+        self.cpu.append(time.process_time())
+
+    def told(self) -> dict:
+        step = [b - a for a, b in zip(self.wall[1 + WARM :], self.wall[2 + WARM :])]
+        out = {"losses": self.losses, "cpu_s": self.cpu[-1] - self.cpu[0], "steps": step}
+        out |= {"wall_s": self.wall[-1] - self.wall[0], "tokens": self.tokens}
+        each = [n / s for n, s in zip(self.tokens[1 + WARM :], step)]
+        out["tokens_per_second"] = statistics.median(each) if each else 0.0
+        if torch.cuda.is_available():
+            out["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return out
+
+
+def ours(args) -> dict:
+    import sft
+    from data import to_table
+    from rollouts import gather
+    from runtime import World
+    from trainer import Trainer
+
+    world = World(None)
+    world.connect()
+    cfg = sft.Config(model=args.model, lr=args.lr, lr_schedule="constant", warmup_steps=0)
+    cfg.beta2, cfg.weight_decay, cfg.tokens_per_microbatch = 0.999, 0.0, 2048
+    if args.what == "speed":
+        cfg.tokens_per_microbatch, cfg.compile = args.tokens // 2, torch.cuda.is_available()
+    trainer = Trainer(cfg, world)
+    clock = Clock()
+    for step, batch in enumerate(batches(args)):
+        table = gather(to_table(batch, step, LONGEST), world, cfg.tokens_per_microbatch)
+        clock.losses.append(trainer.step(table, sft.sft_loss)["loss"])
+        clock.tokens.append(sum(len(row["tokens"]) for row in batch))
+        clock.tick()
+    return clock.told()
+
+
+def peer(args) -> dict:
+    import transformers
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from model import Pack, packed_attention
+
+    kind, speed, now = args.kind, args.what == "speed", {}
+
+    def attention(module, query, key, value, mask, scaling=None, **_):
+        return packed_attention(module, query, key, value, mask, scaling, now["pack"])
+
+    transformers.AttentionInterface.register("ours", attention)
+    transformers.AttentionMaskInterface.register("ours", lambda *_, **__: None)
+
+    def pack_of(positions) -> Pack:
+        """Where rows begin in a batch without padding."""
+        at = (positions[0] == 0).nonzero().flatten()
+        starts = torch.cat([at, at.new_tensor([positions.shape[1]])]).int()
+        longest = LONGEST if positions.is_cuda else int(positions.max()) + 1
+        row = torch.arange(len(at), device=at.device).repeat_interleave(starts.diff())
+        slot = row * longest + positions[0]
+        return Pack(None, None, starts, slot, None, longest, False, (len(at), longest))
+
+    clock = Clock()
+
+    class Timed(SFTTrainer):
+        def compute_loss(self, model, inputs, *more, **named):
+            if "position_ids" in inputs:
+                now["pack"] = pack_of(inputs["position_ids"])
+            loss = super().compute_loss(model, inputs, *more, **named)
+            real = inputs.get("attention_mask", inputs["input_ids"] >= 0)
+            now["loss"] = now.get("loss", 0.0) + loss.detach()
+            now["tokens"] = now.get("tokens", 0) + int(real.sum())
+            return loss
+
+    class Ticks(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            clock.wall, clock.cpu = [], []
+            clock.tick()
+
+        def on_step_end(self, *_, **__):
+            clock.losses.append(float(now.pop("loss")))
+            clock.tokens.append(now.pop("tokens"))
+            clock.tick()
+
+    how = {"output_dir": str(args.out / "trl"), "max_steps": args.steps, "learning_rate": args.lr}
+    how |= {"lr_scheduler_type": "constant", "weight_decay": 0.0, "adam_beta2": 0.999, "seed": 0}
+    how |= {"optim": "adamw_torch_fused", "max_grad_norm": 1.0, "report_to": "none"}
+    how |= {"save_strategy": "no", "logging_steps": 1000, "disable_tqdm": True}
+    how |= {
+        "completion_only_loss": True,
+        "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": args.tokens // 2 // LONGEST if speed else 4,
+    }
+    how |= {
+        "max_length": LONGEST if speed else None,
+        "gradient_checkpointing": kind == "default" and speed,
+    }
+    how |= {"use_cpu": not torch.cuda.is_available()}
+    if speed:
+        how |= {"packing": True, "gradient_accumulation_steps": 2, "bf16": True}
+        how |= {"use_liger_kernel": kind in ("liger", "both", "masters")}
+        how |= {"torch_compile": kind in ("compile", "both")}
+    else:
+        how |= {"gradient_accumulation_steps": 4, "bf16": False}
+        how |= {"padding_free": kind == "ours"}
+    types = torch.float32 if not speed or kind in ("default", "masters") else torch.bfloat16
+    attends = "sdpa" if kind == "default" else "ours"
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=types, attn_implementation=attends
+    )
+    made = [{"input_ids": r["tokens"], "completion_mask": [int(x) for x in r["mask"]]}
+            for batch in batches(args) for r in batch]  # fmt: skip
+    made = made * 2 if speed else made  # enough for the packs of the last step
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/calculator")
+    data = Dataset.from_list(made)
+    trainer = Timed(model, SFTConfig(**how), train_dataset=data, processing_class=tokenizer)
+    trainer.add_callback(Ticks())
+    trainer.train()
+    return clock.told()
+
+
+def child(args, python: str, *command: str) -> dict:
+    """What one trainer said, in a process of its own; or why it said nothing."""
+    file = args.out / f"{args.shape}-{'-'.join(command)}.json"
+    file.unlink(missing_ok=True)
+    run = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    run = run if command[0] == "ours" else [python]
+    run += [__file__, str(args.out), args.what, args.shape, f"--who={command[0]}"]
+    run += [f"--kind={command[-1]}", f"--steps={args.steps}", f"--file={file}"]
+    run += [f"--tokens={args.tokens}", f"--lr={args.lr}"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=args.timeout)
+    if not file.exists():
+        text = [x for x in (done.stdout + done.stderr).splitlines() if "Error" in x]
+        return {"failed": (text or ["?"])[-1][:160]}
+    return json.loads(file.read_text())
+
+
+def make_model(args) -> str:
+    """A folder of random weights of the shape."""
+    from train_step import MODELS
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = args.out / args.shape
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        shape = SMALL if args.shape == "small" else MODELS[args.shape]
+        (folder / "config.json").write_text(json.dumps({**shape, "use_cache": False}))
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    return str(folder)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("what", choices=["curve", "speed"])
+    parser.add_argument("shape", nargs="?", default="small")
+    parser.add_argument("--peers", default="")
+    parser.add_argument("--python", default=sys.executable, help="the Python that has trl")
+    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=32768, help="of a step, in two micro-batches")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--timeout", type=float, default=900)
+    for name in ("who", "kind", "file"):
+        parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.steps = args.steps or {"curve": 20, "speed": 7}[args.what]
+    args.model = make_model(args)
+    args.words = json.loads((args.out / args.shape / "config.json").read_text())["vocab_size"]
+    if args.who:
+        found = {"ours": ours, "peer": peer}[args.who](args)
+        pathlib.Path(args.file).write_text(json.dumps(found))
+        sys.stdout.flush()
+        os._exit(0)
+    kinds = {"curve": "default,ours", "speed": "default,best,liger,compile,both,masters"}
+    kinds = (args.peers or kinds[args.what]).split(",")
+    runs = {}
+    for _ in range(args.rounds):  # of several the one of fewest processor seconds
+        tried = {"nanoforge": child(args, sys.executable, "ours")}
+        tried |= {f"SFTTrainer, {kind}": child(args, args.python, "peer", kind) for kind in kinds}
+        for name, x in tried.items():
+            best = runs.setdefault(name, x)
+            runs[name] = min(best, x, key=lambda y: y.get("cpu_s", 1e9))
+    mine, card = runs["nanoforge"], "cpu"
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_name()
+    print(f"{args.shape}, {args.steps} steps, torch {torch.__version__}, {card}\n")
+    print(
+        "| trainer | tokens per second | times | processor s | wall s | loss differs | peak GiB |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, x in runs.items():
+        if "failed" in x:
+            print(f"| {name} | {x['failed']} | | | | | |")
+            continue
+        apart = max(abs(a - b) for a, b in zip(x["losses"], mine["losses"]))
+        apart = f"{apart:.1e}" if args.what == "curve" else ""
+        speed = x["tokens_per_second"]
+        cells = [name, f"{speed:,.0f}", f"{mine['tokens_per_second'] / max(speed, 1):.2f}"]
+        cells += [f"{x['cpu_s']:.1f}", f"{x['wall_s']:.1f}", apart, f"{x.get('peak_gib', 0):.1f}"]
+        print(f"| {' | '.join(cells)} |")
+    if args.what == "curve":
+        print("\nlosses of ours:", " ".join(f"{x:.4f}" for x in mine["losses"]))
+
+
+if __name__ == "__main__":
+    main()
