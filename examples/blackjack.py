@@ -1,21 +1,21 @@
-"""Blackjack, some hands an episode: hidden cards, a reward for each hand, a best play to compare.
+"""Blackjack, some hands an episode: hidden cards, a reward for each hand; the best play is known.
 
-    torchrun --nproc_per_node=2 sft.py --task=examples/blackjack.py:Blackjack --steps=100 \
-        --max_tokens=96 --run_dir=runs/blackjack_sft
+    torchrun --nproc_per_node=2 sft.py --task=examples/blackjack.py:Blackjack --steps=200 \
+        --max_tokens=160 --run_dir=runs/blackjack_sft
     torchrun --nproc_per_node=3 grpo.py --config=configs/grpo/blackjack.yaml
 
 `16/9` is a total of 16 against the dealer's 9 (`x16` where an ace counts 11); `+` takes a card,
-which is answered with the new total, `.` takes none: `16/9+=19.#1 12/4`: won, and the next hand.
-Cards come from so many decks that a draw changes nothing; the dealer stands on 17. A hand pays 1,
-0 or -1 to the turn that ended it. Anything but `+` or `.` loses all hands that are left. The
-replies of a group get the same cards.
+`.` takes none: `16/9+=19.#1 12/4` is a hand that won, and the next. A hand pays 1, 0 or -1 to the
+turn that ended it; anything but `+` or `.` loses all. The replies of a group get the same cards.
 """
 
 import functools
 import random
+import re
 
 from tasks import Episode, Task
 
+TOTAL = re.compile(r"(\d+)(/\d+)?$")  # of the hand that was shown last
 CARDS = [2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 10, 10, 11]
 
 
@@ -55,16 +55,9 @@ def stands(total: int, hand: tuple[int, bool]) -> float:
 @functools.cache
 def hits(total: int, soft: bool, up: int) -> float:
     """What taking a card is worth, with the best play after it."""
-    later = [add(total, soft, card) for card in CARDS]
-    worth = [
-        -1.0 if t > 21 else max(stands(t, add(0, False, up)), hits(t, s, up)) for t, s in later
-    ]
-    return sum(worth) / len(CARDS)
-
-
-def best(total: int, soft: bool, up: int) -> str:
-    """The move of the best play, against which `Blackjack.play` can be compared."""
-    return "+" if hits(total, soft, up) > stands(total, add(0, False, up)) else "."
+    later = [hand for hand in (add(total, soft, card) for card in CARDS) if hand[0] <= 21]
+    worth = sum(max(stands(t, add(0, False, up)), hits(t, s, up)) for t, s in later)
+    return (worth - (len(CARDS) - len(later))) / len(CARDS)  # the others lose
 
 
 class Blackjack(Task):
@@ -119,6 +112,9 @@ class Blackjack(Task):
         return pieces, sum(episode.state["paid"])
 
     def demonstration(self, name: str, progress: float) -> list[tuple[str, bool]]:
-        """For SFT: how the game is played, by a player who tosses a coin."""
+        """For SFT: seven players in ten toss a coin, three take cards up to 16, as the dealer does.
+        RL has to find out who is better, and where the better one is wrong."""
         rng = random.Random(f"demonstration {name}")
-        return self.play(rng.choice(self.train), lambda seen: rng.choice("+."))[0]
+        dealer = lambda seen: "+."[int(TOTAL.search(seen)[1]) > 16]  # noqa: E731
+        coin = lambda seen: rng.choice("+.")  # noqa: E731
+        return self.play(rng.choice(self.train), coin if rng.random() < 0.7 else dealer)[0]
