@@ -374,7 +374,8 @@ def sample(i: int, row: Row) -> dict:
 def telling(samples: list[dict]) -> list[dict]:
     """The best, the worst and the most surprising sample first (`chosen` says which it is), then
     the others. `surprise` is in nats per token: how unlikely the reply was to its own policy."""
-    reward, surprise = (lambda s: s["reward"]), (lambda s: s["surprise"])
+    reward = lambda s: s.get("reward", sum(s["rewards"].values()))  # noqa: E731, an older run's
+    surprise = lambda s: s["surprise"]  # noqa: E731
     by = {"best": (max, reward), "worst": (min, reward), "surprising": (max, surprise)}
     top = {what: end(samples, key=key) for what, (end, key) in by.items() if samples}
     for s in samples:

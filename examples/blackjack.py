@@ -4,8 +4,8 @@
         --max_tokens=160 --run_dir=runs/blackjack_sft
     torchrun --nproc_per_node=3 grpo.py --config=configs/grpo/blackjack.yaml
 
-`16/9` is a total of 16 against the dealer's 9 (`x16` where an ace counts 11); `+` takes a card,
-`.` takes none: `16/9+=19.#1 12/4` is a hand that won, and the next. A hand pays 1, 0 or -1 to the
+`16/9` is a total of 16 (`07`: of 7; `x16`: with an ace as 11) against the dealer's 9; `+` takes a
+card, `.` none: `16/9+=19.#1 12/4` is a hand that won, and the next. A hand pays 1, 0 or -1 to the
 turn that ended it; anything but `+` or `.` loses all. The replies of a group get the same cards.
 """
 
@@ -74,7 +74,7 @@ class Blackjack(Task):
     def show(deal: str, hand=None) -> str:
         """A hand against the dealer's open card, which the player sees; without one, the first."""
         total, soft = hand or begin(deal)
-        return f"{'x' * soft}{total}" + ("" if hand else f"/{card(deal, 'dealer', 0)}")
+        return f"{'x' * soft}{total:02d}" + ("" if hand else f"/{card(deal, 'dealer', 0)}")
 
     def reply(self, episode: Episode) -> str | None:
         """The next card, or how the hand ended and the next one; None after the last."""
