@@ -110,8 +110,8 @@ MUTATIONS = r"""
 + "raw_logprobs"
 
 10 top-p is let through: grpo.py
-- if cfg.top_p != 1.0:
-+ if cfg.top_p > 1.0:
+- # at least 1, at most 1: filtered sampling
++ # at most 1: filtered sampling
 
 10 top-k while sampling: generator.py
 - "seed": row.seed(self.cfg.seed),
