@@ -10,6 +10,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from transformers import GenerationConfig
 
 import report
 from engine import TESTED, Engine
@@ -97,28 +98,59 @@ class Generator:
                 self.note(f"left out {len(every) - len(kept)} {what}")
             setattr(self.task, split, kept)
         self.eos = eos_tokens(self.cfg.model, self.tokenizer)
-        self.stops = sorted(self.eos | {t for c in self.task.stop for t in self.encode(c)[-1:]})
+        words = self.tokenizer.get_vocab().items()  # that end in a stop: `)$` is one token, too
+        ends = {t for word, t in words if word.endswith((*self.task.stop,))} | self.eos
+        self.stops = sorted(ends | {t for c in self.task.stop for t in self.encode(c)[-1:]})
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, prompt: str | list[dict]) -> list[int]:
         """By the model's chat template where it has one, else with the tokenizer's own BOS."""
-        if not self.tokenizer.chat_template:
-            return self.tokenizer.encode(text)
-        system = [{"role": "system", "content": self.task.system}] if self.task.system else []
-        chat, how = [*system, {"role": "user", "content": text}], {"add_generation_prompt": True}
-        return self.tokenizer.apply_chat_template(chat, return_dict=True, **how)["input_ids"]
+        if isinstance(prompt, str) and not self.tokenizer.chat_template:
+            return self.tokenizer.encode(prompt)
+        return self.encode(self.render(prompt))
+
+    def render(self, chat: str | list[dict], *more: dict) -> str:
+        """A chat by the model's template, up to where the policy's next message begins."""
+        task, template = self.task, str(self.tokenizer.chat_template or "")
+        if not template or task.thinking != "auto" and "enable_thinking" not in template:
+            what = "thinking" if template else "messages"
+            raise UserError(f"model={self.cfg.model}: its chat template has no place for {what}")
+        chat = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
+        if task.system and chat[0]["role"] != "system":
+            chat = [{"role": "system", "content": task.system}, *chat]
+        on = task.thinking in ("yes", "True")  # as YAML has it
+        switch = {} if task.thinking == "auto" else {"enable_thinking": on}
+        how = {"tokenize": False, "add_generation_prompt": True, "tools": task.tools or None}
+        return self.tokenizer.apply_chat_template([*chat, *more], **how, **switch)
+
+    def encode_reply(self, row: Row, reply: str | list[dict]) -> list[int]:
+        """The tokens that an answer adds: text as it is; messages, and text after EOS, as what the
+        chat template writes between two messages of the policy. What was sampled stays as it was,
+        also where the template would write it anew in hindsight (Qwen3 drops old thinking)."""
+        closed = row.tokens[-1] in self.eos
+        if isinstance(reply, str) and not (closed and self.tokenizer.chat_template):
+            return self.encode(reply)
+        reply = [{"role": "user", "content": reply}] if isinstance(reply, str) else reply
+        asked, mark = self.render("?"), {"role": "assistant", "content": "<the policy's message>"}
+        before, found, after = self.render("?", mark, *reply).partition(mark["content"])
+        if not found or not (asked.startswith(before) or before.startswith(asked)):
+            why = "writes other messages anew when one is added: no answer is exact to the token"
+            raise UserError(f"the chat template of model={self.cfg.model} {why}; answer with text")
+        if closed:  # what the template ends the message with, the policy has said itself
+            ends = [end for t in self.eos if after.startswith(end := self.tokenizer.decode([t]))]
+            after = after.removeprefix(ends[0] if ends else "")
+        return self.encode(after)
 
     def admit(self):
         """Take slots while this engine has a free place, and fewer rows than its share of a batch:
         whoever is quick takes more, so that engines finish together. Batch b is open once the
         weights have version b - max_policy_age, so that no token is older than that when it is
         trained."""
-        if not self.loaded:
-            return
         share = self.cfg.prompts_per_step * self.cfg.group_size / len(self.world.engines)
-        while self.batch < min(self.cfg.steps, self.version + self.cfg.max_policy_age + 1):
+        end = min(self.cfg.steps, self.version + self.cfg.max_policy_age + 1)
+        while self.loaded and self.batch < end:
             running = len(self.rows) + len(self.workers) - self.open.get(EVALUATION, 0)
             if running >= share or len(self.rows) >= self.cfg.max_num_seqs:
                 return
@@ -144,8 +176,7 @@ class Generator:
         problems = self.task.heldout[: self.cfg.eval_size]
         for slot in range(self.world.engine, len(problems), len(self.world.engines)):
             for reply in range(self.cfg.eval_samples):
-                episode = Episode(problems[slot])
-                self.start(Row(self.version, slot, 0, reply, episode, evaluates=True))
+                self.start(Row(self.version, slot, 0, reply, Episode(problems[slot]), True))
 
     def start_group(self, batch: int, slot: int, attempt: int):
         problem = self.task.problem(batch, slot, attempt)
@@ -153,10 +184,12 @@ class Generator:
             self.start(Row(batch, slot, attempt, reply, Episode(problem)))
 
     def start(self, row: Row):
-        row.append_given(row.episode.problem["tokens"])
-        row.prompt_length = len(row.tokens)
         batch = EVALUATION if row.evaluates else row.step
         self.open[batch] = self.open.get(batch, 0) + 1
+        row.started = time.monotonic()
+        if self.task.start:
+            return self.workers.ask(row, may_go_on=True)
+        row.append_given(row.episode.problem["tokens"])
         self.submit(row)
 
     def room(self, row: Row) -> int:
@@ -174,15 +207,13 @@ class Generator:
 
     def turn_ended(self, name: str, tokens: list[int], logprobs: list[float], reason: str):
         """A turn came out of the engine: write it down, then ask the environment or the rewards. A
-        reply has finished if its EOS or the environment ended it, not if turns or tokens ran
-        out."""
+        reply has finished if the environment ended it, not if turns, tokens or time ran out."""
         row = self.rows.pop(name)
         row.append_sampled(tokens, logprobs, self.version)
         ended = tokens[-1] in self.eos
-        may_go_on = reason == "stop" and not ended and row.turn + 1 < self.cfg.max_turns
-        row.finished = ended or may_go_on  # true if the environment's answer is None
+        row.finished = reason == "stop"  # true if the environment's answer is None
         row.episode.turns.append(self.tokenizer.decode(tokens[:-1] if ended else tokens))
-        self.workers.ask(row, may_go_on)
+        self.workers.ask(row, may_go_on=row.finished)
 
     def apply_jobs(self):
         """Take what the workers have finished: the next turn of a row, or its end. `deterministic`
@@ -199,13 +230,19 @@ class Generator:
                 else:
                     self.completed(row)
                 continue
-            tokens = self.encode(reply)
-            if len(tokens) < self.room(row):
+            if not row.tokens:  # it is from `start`
+                row.append_given(self.encode_prompt(reply))
+                self.submit(row)
+                continue
+            tokens = self.encode_reply(row, reply)
+            late = 0 < self.cfg.episode_seconds < time.monotonic() - row.started
+            if not late and row.turn + 1 < self.cfg.max_turns and len(tokens) < self.room(row):
                 row.append_given(tokens)
-                row.episode.turns.append(reply)
+                said = [reply] if isinstance(reply, str) else [m["content"] for m in reply]
+                row.episode.turns.append("\n".join(said))
                 row.turn += 1
                 self.submit(row)
-            else:  # no room for the environment's words and one more token: cut off here
+            else:  # no time, no turn, or no room for these words and one more token: cut off here
                 row.finished = False
                 self.workers.ask(row, may_go_on=False)
 
@@ -219,7 +256,7 @@ class Generator:
         if len(group) < self.cfg.group_size:
             return
         del self.groups[row.step, row.slot]
-        rewards = torch.tensor([sum(r.rewards.values()) for r in group]).unique()  # float32, as
+        rewards = torch.tensor([sum(r.paid) for r in group]).unique()  # float32, as
         if len(rewards) == 1 and row.attempt < self.cfg.max_refills:  # the table has them
             self.refills.setdefault(row.step, []).append(float(rewards))
             self.start_group(row.step, row.slot, row.attempt + 1)
@@ -273,7 +310,7 @@ class Generator:
                     self.engine.sleep()
             rows = [] if self.world.stopping else self.complete.pop(step, [])
             rows.sort(key=lambda r: r.key)
-            table = from_rows(rows, names)
+            table = from_rows(rows, names, self.cfg.discount)
             samples = report.telling([report.sample(i, row) for i, row in enumerate(rows)])
             table.info = {**self.report(), "samples": samples[: self.cfg.log_samples]}
             table.info["refills"] = self.refills.pop(step, [])
@@ -292,7 +329,7 @@ class Generator:
         self.run_until(lambda: self.world.stopping or not self.open.get(EVALUATION))
         problems: dict[int, list[float]] = {}
         for row in self.judged:
-            problems.setdefault(row.slot, []).append(sum(row.rewards.values()))
+            problems.setdefault(row.slot, []).append(sum(row.paid))
         if problems and not self.world.stopping:
             means = [sum(r) / len(r) for r in problems.values()]
             size = min(self.cfg.eval_size, len(self.task.heldout))
@@ -307,8 +344,6 @@ class Generator:
 
 def eos_tokens(model: str, tokenizer) -> set[int]:
     """Every token that ends a reply: the tokenizer's, and all of the generation config's."""
-    from transformers import GenerationConfig
-
     found = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError):
         ids = GenerationConfig.from_pretrained(model).eos_token_id

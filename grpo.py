@@ -9,12 +9,13 @@ import heartbeat
 
 heartbeat.start(__name__)  # a rank is watched from here on: what follows takes seconds
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import AutoTokenizer
 
 import losses
+import report
 import weights
 from generator import Generator
 from model import check_config, has_weights
@@ -37,6 +38,7 @@ class Config:
     # what is asked
     task: str = "calculator"  # or sum_digits, countdown, gsm8k, a .jsonl file, my_file.py:MyTask
     task_data: str = ""  # folder, file or hub name for tasks that read data
+    task_settings: dict = field(default_factory=dict)  # the task's own: --task_settings.system=...
     task_workers: int = 8  # processes for environments and rewards; at least 1
     task_seconds: float = 60.0  # time limit of one call of environment or reward; above 0
     prompts_per_step: int = 16  # prompts (groups) in a batch; at least 1
@@ -44,9 +46,11 @@ class Config:
     max_prompt_tokens: int = 32  # longer prompts are left out and counted; at least 1
     max_new_tokens: int = 40  # tokens after the prompt, the environment's too; at least 1
     max_turns: int = 4  # turns of the policy in one reply; at least 1
+    episode_seconds: float = 0.0  # a turn that ends later than this is the last; 0: no limit
     temperature: float = 1.0  # of the sampling, and of the trainer's log-probs; above 0
-    top_p: float = 1.0  # must be 1 while training: filtered sampling has other log-probs
+    top_p: float = 1.0  # at least 1, at most 1: filtered sampling has other log-probs
     # what is learned from it
+    discount: float = 1.0  # of a later turn's reward, a turn; above 0, at most 1
     loss: str = "grpo"  # grpo dr_grpo dapo cispo gspo sapo reinforce, or my_file.py:my_loss
     advantage: Literal["auto", "mean", "mean_std", "leave_one_out"] = "auto"  # auto: the loss's own
     aggregation: Literal["auto", "token", "sequence", "prompt", "fixed"] = "auto"  # the divisor
@@ -67,9 +71,7 @@ class Config:
     kl_coef: float = 0.0  # of the KL to the reference, in the loss; 0: no reference is loaded
     kl: Literal["k1", "k2", "k3"] = "k3"  # its estimator; the gradient of k1 is 0 on average
     reference: str = ""  # model of the KL; empty: `model` as it was at the start
-    teacher: str = ""  # model to distil from, on the policy's own replies; same tokenizer
-    distill: Literal["alone", "add"] = "alone"  # the teacher's advantage alone, or the reward's too
-    teacher_coef: float = 1.0  # of the teacher's advantage
+    teacher: str = ""  # model to distil from, same tokenizer: see examples/distill.py
     offload_frozen: bool = False  # reference and teacher wait in host memory
     lora_rank: int = 0  # of adapters on the blocks' linear layers; 0: all weights are trained
     lora_alpha: float = 32.0  # adapters count lora_alpha / lora_rank
@@ -120,12 +122,8 @@ class Config:
 def check(cfg: Config, world):
     """Settings that cannot work together: one sentence, before anything is loaded."""
     find_loss(cfg)
-    if cfg.top_p != 1.0:
-        raise UserError(f"top_p={cfg.top_p}: must be 1: filtered sampling has other log-probs")
     if cfg.group_size == 1 and not cfg.teacher:
         raise UserError("group_size=1 has nothing to compare a reply with: use 2 or more")
-    if cfg.teacher and (cfg.max_refills or cfg.equal_rewards == "mask"):
-        raise UserError("a teacher has every group: --max_refills=0 --equal_rewards=train")
     if cfg.correction != "none" and cfg.old_policy == "generator":
         what = "with the generator's old policy the ratio itself is the correction"
         raise UserError(f"correction={cfg.correction}: {what}; add --old_policy=trainer")
@@ -138,12 +136,10 @@ def check(cfg: Config, world):
     limits(cfg)
     find_task(cfg.task)
     cfg.model = cfg.model.removeprefix("hf://")
-    if not cfg.random_init and not has_weights(cfg.model):
-        raise UserError(f"model={cfg.model}: a configuration, but no weights in this folder")
     config, longest = check_config(cfg.model), cfg.max_prompt_tokens + cfg.max_new_tokens
-    for path in {*frozen_models(cfg).values()} - {cfg.model}:  # a reference, a teacher
+    for path in {cfg.model, *frozen_models(cfg).values()}:  # a reference, a teacher
         check_config(path)
-        if not has_weights(path):
+        if not has_weights(path) and not (cfg.random_init and path == cfg.model):
             raise UserError(f"{path}: a configuration, but no weights in this folder")
         both, safe = (cfg.model, path), {"trust_remote_code": False}
         ours, theirs = (AutoTokenizer.from_pretrained(p, **safe).get_vocab() for p in both)
@@ -160,8 +156,7 @@ def find_loss(cfg: Config):
     if cfg.loss not in losses.LOSSES and ".py:" not in cfg.loss:
         known = ", ".join(losses.LOSSES)
         raise UserError(f"loss={cfg.loss}: known are {known}, or my_file.py:my_loss")
-    own = {**losses.OWN["grpo"], **losses.OWN.get(cfg.loss, {})}
-    for name, value in own.items():
+    for name, value in {**losses.OWN["grpo"], **losses.OWN.get(cfg.loss, {})}.items():
         if getattr(cfg, name) in ("auto", -1.0):
             setattr(cfg, name, value)
     return losses.LOSSES.get(cfg.loss) or load_symbol(cfg.loss, "loss")
@@ -178,6 +173,7 @@ def main(cfg: Config, world, run):
     """The loop. Every rank runs every line; one that has no part in a line passes through it."""
     task, loss = load_task(cfg), losses.policy_loss(find_loss(cfg))
     tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
+    tokenizer.chat_template = task.template or tokenizer.chat_template
     trainer = Trainer(cfg, world, tokenizer, frozen_models(cfg))
     start = run.resume(trainer)
     uncorrected = cfg.old_policy == "trainer" and cfg.correction == "none"
@@ -195,28 +191,12 @@ def main(cfg: Config, world, run):
         if rollouts.stop:
             return run.stopped(trainer, step, rollouts)
         rollouts = trainer.score(rollouts)  # log-probs of reference and teacher, where asked for
-        rollouts.advantage = losses.distilled(rollouts, cfg)
-        metrics = losses.derived(trainer.step(rollouts, loss, losses.divisor))
-        run.log(step, {**table_metrics(rollouts), **metrics}, rollouts)
+        metrics = report.derived(trainer.step(rollouts, loss, losses.divisor))
+        run.log(step, {**report.table_metrics(rollouts), **metrics}, rollouts)
         run.save(trainer, step + 1)
     weights.sync(trainer, generator, world)  # the last evaluation and the export are one version
     run.log(cfg.steps, {}, gather(generator.finish(), world, cfg.tokens_per_microbatch))
     weights.export(trainer, run.folder / "model", world)
-
-
-def table_metrics(rollouts) -> dict[str, float]:
-    """Figures of the whole batch that need no model."""
-    table, each = rollouts.all, rollouts.all.rewards
-    mean = lambda x: x.float().mean().item()  # noqa: E731
-    out = {"reward": mean(table.reward), "reward_std": table.reward.std(correction=0).item()}
-    if len(each) > 1:
-        out |= {f"reward/{name}": mean(x) for name, x in each.items()}
-    out |= {"equal_groups": mean(losses.equal_groups(table))}  # groups that teach nothing
-    refills = [reward for info in rollouts.infos for reward in info.get("refills", [])]
-    if refills:  # groups drawn again, and their mean reward: what the batch leaves out
-        out |= {"refills": len(refills), "refills_reward": sum(refills) / len(refills)}
-    counts = {"finished": mean(table.finished), "length": mean(table.sampled)}
-    return {**out, **counts, "weight": mean(table.weight)}
 
 
 if __name__ == "__main__":

@@ -12,39 +12,24 @@ import torch
 
 
 def group_advantages(rollouts, kind: str = "mean_std") -> torch.Tensor:
-    """(N,) rewards -> (N, T) advantages: a row's number stands on each token the policy sampled.
+    """Rewards -> (N, T) advantages: a turn's number stands on each of its sampled tokens. It is the
+    turn's return r against those of the group at the same turn, where an episode that is over
+    stands with what its last turn earned; so with one reward an episode a row has one number.
     mean: r - mean of its group (Dr.GRPO, arXiv 2503.20783, section 3.2). mean_std: (r - mean) /
     (std + 1e-4), std unbiased (GRPO, arXiv 2402.03300, section 4.1.2). leave_one_out: r - mean of
     the others (RLOO, arXiv 2402.14740). A group of one, and one of equal rewards: exactly 0."""
     _, group = torch.unique(rollouts.index, return_inverse=True)  # (N,) number of the row's group
     # In float64 the sum of equal float32 numbers is exact, so their mean is, and the difference 0.
-    reward = rollouts.reward.double()
-    size = torch.bincount(group).double()  # (groups,)
-    centred = reward - (torch.bincount(group, reward) / size)[group]
+    reward = rollouts.returns.double()  # (N, K)
+    size = torch.bincount(group).double()[:, None]  # (groups, 1)
+    total = lambda x: x.new_zeros(len(size), x.shape[1]).index_add(0, group, x)  # noqa: E731
+    centred = reward - (total(reward) / size)[group]
     if kind == "mean_std":
-        variance = torch.bincount(group, centred**2) / (size - 1).clamp(min=1)
+        variance = total(centred**2) / (size - 1).clamp(min=1)
         centred = centred / (variance.sqrt()[group] + 1e-4)
     if kind == "leave_one_out":
         centred = centred * (size / (size - 1).clamp(min=1))[group]
-    return centred.float()[:, None] * rollouts.mask  # (N, T)
-
-
-def equal_groups(table) -> torch.Tensor:
-    """(groups,) bool, by ascending index: whether all rewards of the group are equal."""
-    _, group = torch.unique(table.index, return_inverse=True)
-    pairs = torch.stack([group.double(), table.reward.double()], 1).unique(dim=0)  # of each, once
-    return torch.bincount(pairs[:, 0].long()) == 1
-
-
-def distilled(rollouts, cfg) -> torch.Tensor | None:
-    """On-policy distillation: (N, T) advantages with the teacher's part, one number per token. log
-    pi_teacher - log pi_generator is minus the reverse KL's estimate at that token (Agarwal et al.,
-    arXiv 2306.13649; Lu et al., "On-policy distillation", 2025), with no view of the future."""
-    if not cfg.teacher or not len(rollouts):
-        return rollouts.advantage
-    gain = (rollouts.teacher_logprobs - rollouts.logprobs) * rollouts.mask
-    base = rollouts.advantage if cfg.distill == "add" else 0.0
-    return base + cfg.teacher_coef * gain
+    return centred.float().gather(1, rollouts.turns) * rollouts.mask  # (N, T)
 
 
 def row_weights(rollouts, cfg) -> torch.Tensor:
@@ -56,7 +41,7 @@ def row_weights(rollouts, cfg) -> torch.Tensor:
         weight[~rollouts.finished] = 0.0
     if cfg.equal_rewards == "mask":
         _, group = torch.unique(rollouts.index, return_inverse=True)
-        weight[equal_groups(rollouts)[group]] = 0.0
+        weight[torch.bincount(group, rollouts.advantage.any(1).double())[group] == 0] = 0.0
     return weight
 
 
@@ -182,8 +167,7 @@ def reinforce(logprobs, rows, cfg):
 
 # dr_grpo is GRPO without its two biases: a fixed horizon as divisor, no std (arXiv 2503.20783,
 # section 3.2). Both are settings, which `auto` chooses below.
-LOSSES = {"grpo": grpo, "dr_grpo": grpo, "dapo": dapo, "cispo": cispo, "gspo": gspo, "sapo": sapo}
-LOSSES["reinforce"] = reinforce
+LOSSES = {f.__name__: f for f in (grpo, dapo, cispo, gspo, sapo, reinforce)} | {"dr_grpo": grpo}
 # What `auto` (for the clip: -1) means: GRPO's, but for what a loss names. GRPO's paper has
 # `sequence`; `token` is DAPO's cure of the length bias that it brings.
 OWN = {
@@ -215,9 +199,6 @@ def clip_fractions(ratio, rows, cfg, both: bool = False) -> dict[str, torch.Tens
     return {"clip_low": (low * keep).sum(), "clip_high": (high * keep).sum()}
 
 
-HISTOGRAM = torch.logspace(-7, 2, 721, dtype=torch.float64)  # edges, 80 a decade: 3% apart
-
-
 def figures(logprobs: torch.Tensor, rows, cfg) -> dict[str, torch.Tensor]:
     """What every policy loss should report, as sums over tokens; `_max` are maxima. The mismatch is
     that of the trainer (before the batch's first update where that was kept) and the generator,
@@ -228,14 +209,10 @@ def figures(logprobs: torch.Tensor, rows, cfg) -> dict[str, torch.Tensor]:
     d = (trainer - rows.logprobs).double() * keep
     weight = d.clamp(-20, 20).exp() * keep  # pi_trainer / pi_generator
     ratio = log_ratio(logprobs, rows, cfg).exp() * keep
-    # As bucketize(d.abs(), HISTOGRAM), without a copy to the GPU for which the host would wait.
-    far = ((d.abs().log10() + 7) * 80).ceil().clamp(0, len(HISTOGRAM)).long()
-    histogram = d.new_zeros(len(HISTOGRAM) + 1)
     out = {"policy_age": age.sum(), "policy_age_max": age.max()}
     out |= {"ratio": ratio.sum(), "ratio_max": ratio.max()}
     out |= {"mismatch_kl": (d.clamp(-20, 20).expm1() - d).sum(), "mismatch_abs": d.abs().sum()}
     out |= {"mismatch_max": d.abs().max(), "ess": weight.sum(), "ess_squares": (weight**2).sum()}
-    out["mismatch_histogram"] = histogram.index_add(0, far.flatten(), keep.double().flatten())
     # By the settings, not by the columns: every rank adds up the same names, rows or not.
     if cfg.kl_coef:
         out["kl_ref"] = (kl(logprobs, rows.ref_logprobs) * keep).sum()
@@ -256,16 +233,3 @@ def policy_loss(loss):
             return value, {**figures(logprobs.detach(), rows, cfg), **sums}
 
     return whole
-
-
-def derived(metrics: dict) -> dict[str, float]:
-    """Means per token, as `Trainer.step` returns them -> the metrics that go to the log. ess:
-    effective sample size of the weights w = pi_trainer / pi_generator, as a share of the tokens:
-    mean(w)^2 / mean(w^2). mismatch_p95: of |log-prob difference|, to 3%."""
-    out = dict(metrics)
-    if "mismatch_histogram" in out:
-        below = torch.tensor(out.pop("mismatch_histogram"), dtype=torch.float64).cumsum(0)
-        place = int(torch.searchsorted(below, 0.95 * below[-1]))
-        out["mismatch_p95"] = float(HISTOGRAM[min(place, len(HISTOGRAM) - 1)])
-        out["ess"] = out["ess"] ** 2 / max(out.pop("ess_squares"), 1e-30)
-    return out

@@ -142,6 +142,8 @@ def load_rollouts(folder: str | pathlib.Path) -> Rollouts:
     for name, values in columns.items():
         column, _, reward = name.partition("/")
         (table.rewards if reward else vars(table))[reward or column] = values[order]
+    # What each turn earned is not kept: the episode's reward stands for all of them.
+    table.returns, table.turns = table.reward[:, None], torch.zeros_like(table.tokens)
     return table
 
 
@@ -316,6 +318,7 @@ class Live:
 
     def __init__(self, run):
         self.run, self.profiler, self.sinks = run, None, {}  # name -> (log, close)
+        self.large: set[str] = set()  # rewards that a person was told of
         self.wanted = [name for name in run.cfg.log_to.split(",") if name]
         self.draw_at = time.monotonic() + 20
 
@@ -347,6 +350,10 @@ class Live:
         """The writer, a step or an evaluation: its line goes to metrics.jsonl and to the sinks. The
         page is drawn so seldom that it takes at most 1% of the time."""
         self.run.append("metrics.jsonl", line)
+        for name in {k for k in line if k.startswith("reward/") and abs(line[k]) > 10} - self.large:
+            self.large.add(name)
+            how = f"others vanish beside it: --task_settings.weights.{name[7:]}=... below 1"
+            self.run.say(f"{name} is {line[name]:.3g} on average, and {how}")
         for name in list(self.wanted):
             with self.apart(name):
                 self.sinks[name] = self.sinks.get(name) or open_sink(name, self.run, line["step"])
@@ -372,19 +379,52 @@ class Live:
 # ---------------------------------------------------------------- report.html
 
 
+def table_metrics(rollouts) -> dict[str, float]:
+    """Figures of the whole batch that need no model."""
+    table, each = rollouts.all, rollouts.all.rewards
+    mean = lambda x: x.float().mean().item()  # noqa: E731
+    out = {"reward": mean(table.reward), "reward_std": table.reward.std(correction=0).item()}
+    if len(each) > 1:
+        out |= {f"reward/{name}": mean(x) for name, x in each.items()}
+    out |= {"equal_groups": mean(equal_groups(table))}  # groups that teach nothing
+    refills = [reward for info in rollouts.infos for reward in info.get("refills", [])]
+    if refills:  # groups drawn again, and their mean reward: what the batch leaves out
+        out |= {"refills": len(refills), "refills_reward": sum(refills) / len(refills)}
+    counts = {"finished": mean(table.finished), "length": mean(table.sampled)}
+    return {**out, **counts, "weight": mean(table.weight)}
+
+
+def equal_groups(table) -> torch.Tensor:
+    """(groups,) bool, by ascending index: whether all rewards of the group are equal."""
+    _, group = torch.unique(table.index, return_inverse=True)
+    pairs = torch.stack([group.double(), table.reward.double()], 1).unique(dim=0)  # of each, once
+    return torch.bincount(pairs[:, 0].long()) == 1
+
+
+def derived(metrics: dict) -> dict[str, float]:
+    """Means per token, as `Trainer.step` returns them -> the metrics that go to the log. ess:
+    effective sample size of the weights w = pi_trainer / pi_generator, as a share of the tokens:
+    mean(w)^2 / mean(w^2)."""
+    out = dict(metrics)
+    if "ess_squares" in out:
+        out["ess"] = out["ess"] ** 2 / max(out.pop("ess_squares"), 1e-30)
+    return out
+
+
 def sample(i: int, row: Row) -> dict:
     """A row as it stands in samples.jsonl; `gather` adds its advantage."""
     problem = {k: v for k, v in row.episode.problem.items() if k != "tokens"}
     out = {"row": i, "slot": row.slot, "reply": row.reply, "finished": row.finished}
     out["surprise"] = -sum(row.logprobs) / max(sum(row.mask), 1)  # nats per sampled token
     out |= {"version": max(row.version), "problem": problem}
-    return {**out, "turns": row.episode.turns, "rewards": row.rewards}
+    return {**out, "turns": row.episode.turns, "rewards": row.rewards, "reward": sum(row.paid)}
 
 
 def telling(samples: list[dict]) -> list[dict]:
     """The best, the worst and the most surprising sample first (`chosen` says which it is), then
     the others. `surprise` is in nats per token: how unlikely the reply was to its own policy."""
-    reward, surprise = (lambda s: sum(s["rewards"].values())), (lambda s: s["surprise"])
+    reward = lambda s: s.get("reward", sum(s["rewards"].values()))  # noqa: E731, an older run's
+    surprise = lambda s: s["surprise"]  # noqa: E731
     by = {"best": (max, reward), "worst": (min, reward), "surprising": (max, surprise)}
     top = {what: end(samples, key=key) for what, (end, key) in by.items() if samples}
     for s in samples:

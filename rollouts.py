@@ -38,6 +38,8 @@ class Rollouts:
     logprobs: torch.Tensor = column("cell", torch.float32)  # as sampled, at its temperature; else 0
     version: torch.Tensor = column("cell", torch.int32)  # weights that sampled the token, or -1
     advantage: torch.Tensor = column("cell", torch.float32)
+    turns: torch.Tensor = None  # (N, T) int64, before gather: number of the token's turn
+    returns: torch.Tensor = None  # (N, K) float32, before gather: earned from each turn on
     # Only after gather, only on the trainer that trains the rows:
     ref_logprobs: torch.Tensor = None  # (N, T) float32: of the reference model, where asked for
     teacher_logprobs: torch.Tensor = None  # (N, T) float32: of the teacher, where asked for
@@ -96,11 +98,16 @@ class Row:
     # Weights that came during this turn: (its tokens so far, version that made them).
     borders: list[tuple[int, int]] = field(default_factory=list)
     finished: bool = False
-    rewards: dict[str, float] = field(default_factory=dict)
+    started: float = 0.0  # when, by time.monotonic
+    turns: list[int] = field(default_factory=list)  # of each token, the number of its turn
+    rewards: dict[str, float] = field(default_factory=dict)  # as the functions gave them
+    paid: list[float] = field(default_factory=list)  # to each turn, by the rewards' weights
 
     def append_given(self, tokens: list[int]):
         """Tokens that the policy did not sample: the prompt, or the environment's reply."""
         n = len(tokens)
+        self.prompt_length = self.prompt_length or n
+        self.turns += [0] * n
         self.tokens += tokens
         self.mask += [False] * n
         self.logprobs += [0.0] * n
@@ -113,6 +120,7 @@ class Row:
             # An engine may have been past the end by then: it queues steps ahead.
             versions += [version] * (min(count, len(tokens)) - len(versions))
         self.borders = []
+        self.turns += [self.turn] * len(tokens)
         finite = [math.isfinite(p) for p in logprobs]
         self.tokens += tokens
         self.mask += finite
@@ -123,7 +131,7 @@ class Row:
         """For a person."""
         kind = "evaluation of version" if self.evaluates else "step"
         where = f"{kind} {self.step}, slot {self.slot}, reply {self.reply}"
-        return f"{where}, prompt {self.episode.problem['prompt'][:60]!r}"
+        return f"{where}, prompt {str(self.episode.problem['prompt'])[:60]!r}"
 
     @property
     def index(self) -> int:
@@ -139,15 +147,20 @@ class Row:
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def from_rows(rows: list[Row], reward_names: list[str]) -> Rollouts:
-    """Finished rows -> table, sorted by (index, reply)."""
+def from_rows(rows: list[Row], reward_names: list[str], discount: float = 1.0) -> Rollouts:
+    """Finished rows -> table, sorted by (index, reply). A turn's return is what it earned plus
+    `discount` times the next one's; from its end on a row stands with what its last turn earned."""
     rows = sorted(rows, key=lambda r: (r.index, r.reply))
     table = Rollouts.blank(len(rows), max((len(r.tokens) for r in rows), default=0))
+    turns = max((len(r.paid) for r in rows), default=0)
+    table.returns, table.turns = torch.zeros(len(rows), turns), torch.zeros_like(table.tokens)
     for i, row in enumerate(rows):
         table.index[i], table.reply[i], table.finished[i] = row.index, row.reply, row.finished
         table.length[i], table.sampled[i] = len(row.tokens), sum(row.mask)
-        table.reward[i] = sum(row.rewards.values())
-        for name in ("tokens", "mask", "logprobs", "version"):
+        table.reward[i] = sum(row.paid)
+        to_go = [*itertools.accumulate(row.paid[::-1], lambda later, now: now + discount * later)]
+        table.returns[i] = torch.tensor([*to_go[::-1], *to_go[:1] * turns][:turns])
+        for name in ("tokens", "mask", "logprobs", "version", "turns"):
             values = getattr(row, name)
             getattr(table, name)[i, : len(values)] = torch.tensor(values)
     table.rewards = {k: torch.tensor([r.rewards[k] for r in rows]).float() for k in reward_names}

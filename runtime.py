@@ -48,10 +48,10 @@ def settings(config_class, argv: list[str]):
     parser = jsonargparse.ArgumentParser("torchrun SCRIPT", description=config_class.__doc__, **how)
     parser.add_argument("--config", action="config", help="YAML file with settings")
     parser.add_argument("--help-metrics", action=report.HelpMetrics)
-    meaning = setting_help(config_class)
+    meaning, plain = setting_help(config_class), config_class()
     for f in dataclasses.fields(config_class):
         about = meaning.get(f.name, "")
-        parser.add_argument(f"--{f.name}", type=f.type, default=f.default, help=about)
+        parser.add_argument(f"--{f.name}", type=f.type, default=getattr(plain, f.name), help=about)
     try:
         values = parser.parse_args(argv).as_dict()
     except (jsonargparse.ArgumentError, TypeError, OSError) as error:

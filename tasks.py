@@ -1,8 +1,8 @@
 """Tasks: where prompts come from, what the environment answers, what a reply is worth.
 
 What a user edits first. A task is a class with four things (see `Task`). Its `reply` and its
-rewards run in the generator's pool of workers, so a slow one holds up its own row only. Nothing
-here knows of ranks, engines or gradients.
+rewards run in the generator's pool of workers, so a slow one holds up its own row only; those that
+are `async` are awaited, thousands at once. Nothing here knows of ranks, engines or gradients.
 
     --task=calculator | sum_digits | countdown | gsm8k | file.jsonl | my_file.py:MyTask
 """
@@ -30,16 +30,28 @@ class Episode:
 
 
 class Task:
-    """Subclass it, fill `train` and `heldout`, list your rewards."""
+    """Subclass it, fill `train` and `heldout`, list your rewards. What stands here with a value,
+    and what your class adds so, is a setting: --task_settings.system=..."""
 
     system: str = ""  # system prompt, for models with a chat template
-    stop: str = ""  # each character ends a turn of the policy, so that `reply` can answer mid-text
-    train: list[dict]  # each has a `prompt`, and what your rewards need
+    template: str = ""  # a chat template (Jinja) in place of the model's own
+    thinking: str = "auto"  # yes or no: what its enable_thinking is; auto: not said
+    tools: list[dict] = []  # JSON schemas, for templates that tell a model of its tools
+    stop: str = ""  # each character ends a turn of the policy, as EOS does
+    weights: dict[str, float] = {}  # what a reward counts in the sum, by its name; else 1
+    train: list[dict]  # each has a `prompt` (text, or messages), and what your rewards need
     heldout: list[dict]
+    start = None  # or a function of an Episode: its prompt, where the environment makes it
 
     def __init__(self, cfg):
         self.cfg = cfg
-        # Functions of an Episode -> float, logged by their names; a reply's reward is their sum.
+        for name, value in getattr(cfg, "task_settings", {}).items():
+            kind, given = type(getattr(type(self), name, None)), type(value)
+            if kind not in (str, int, float, list, dict) or (given is dict) != (kind is dict):
+                raise UserError(f"task_settings.{name}={value!r}: not a setting of task={cfg.task}")
+            setattr(self, name, kind(value))
+        # Functions of an Episode -> float, or a list: what each turn of the policy has earned.
+        # Logged by their names; an episode's reward is their weighted sum.
         self.rewards = [self.correct]
         self.permutation = functools.lru_cache(1)(permutation)  # of the present epoch
 
@@ -47,8 +59,10 @@ class Task:
         """1 for the right answer, else 0."""
         return float(episode.text.strip() == str(episode.problem["answer"]))
 
-    def reply(self, episode: Episode) -> str | None:
-        """What the environment appends after a turn of the policy; None ends the episode."""
+    def reply(self, episode: Episode) -> str | list[dict] | None:
+        """The environment's answer to each turn of the policy; None ends the episode. Text goes on
+        after a `stop` character; after EOS it is the user's next message, by the model's chat
+        template. A list is messages, with `role` and `content`."""
         return None
 
     def problem(self, step: int, slot: int, attempt: int = 0) -> dict:
@@ -124,12 +138,12 @@ def find_task(name: str):
     """What makes the task of that name from the settings, or a UserError. Reads no data."""
     examples = pathlib.Path(__file__).parent / "examples"
     place = f"{examples / name}.py:{TASKS[name]}" if name in TASKS else name
-    if ".py:" in place:
-        return load_symbol(place, "task")
     if name.endswith(FILES):
         if not pathlib.Path(name).exists():
             raise UserError(f"task={name}: no such file")
-        return load_symbol(f"{examples}/prompts.py:Prompts", "task")
+        place = f"{examples}/from_file.py:FileTask"
+    if ".py:" in place:
+        return load_symbol(place, "task")
     raise UserError(f"task={name}: known are {', '.join(TASKS)}, a .jsonl file, my_file.py:MyTask")
 
 
@@ -139,4 +153,6 @@ def load_task(cfg) -> Task:
     names = [reward_name(f) for f in task.rewards]
     if again := [name for name in names if names.count(name) > 1]:
         raise UserError(f"task={cfg.task}: two rewards are named {again[0]!r}; rename one of them")
+    if wrong := task.weights.keys() - {*names}:
+        raise UserError(f"weights of task={cfg.task}: {min(wrong)!r} is none of {', '.join(names)}")
     return task

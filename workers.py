@@ -37,7 +37,7 @@ class Workers:
         self.waiting: list[tuple[Row, bool]] = []  # for `answers` to hand them out
         self.jobs: dict[concurrent.futures.Future, tuple] = {}  # -> (rows, when they were asked)
         self.done = queue.SimpleQueue()  # of futures
-        if any(map(inspect.iscoroutinefunction, (task.reply, *task.rewards))):
+        if any(map(inspect.iscoroutinefunction, (task.start, task.reply, *task.rewards))):
             self.loop = asyncio.new_event_loop()
             self.loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(1000))
             threading.Thread(target=self.loop.run_forever, daemon=True).start()
@@ -59,7 +59,7 @@ class Workers:
         bare = [(Row(*row.key[1:], row.episode, row.evaluates), more) for row, more in part]
         return self.pool.submit(answer, bare, self.seconds)
 
-    def answers(self, wait: float = 0.0) -> list[tuple[Row, str | None]]:
+    def answers(self, wait: float = 0.0) -> list[tuple[Row, str | list[dict] | None]]:
         """(row, the environment's reply) for what has come back, None once it has its rewards; the
         first is awaited for `wait` seconds. UserError where a call failed or took too long."""
         size = 1 if self.loop else max(1, int(PORTION / self.mean))  # quick ones share a message
@@ -80,7 +80,8 @@ class Workers:
             except BrokenProcessPool:
                 where = f"{rows[0].name()}, or another row that was with the task; see the log"
                 raise UserError(f"a process of the task died ({where})") from None
-            for row, (reply, row.rewards, row.episode.state, seconds) in zip(rows, results):
+            for row, result in zip(rows, results):
+                reply, row.rewards, row.paid, row.episode.state, seconds = result
                 self.mean = 0.9 * self.mean + 0.1 * seconds
                 out.append((row, reply))
         for rows, since in list(self.jobs.values())[:1] if self.loop else ():  # the oldest
@@ -117,17 +118,25 @@ def answer(rows: list[tuple[Row, bool]], seconds: float) -> list[tuple]:
 
 
 async def judge(task: Task, row: Row, may_go_on: bool, seconds: float, loop=None) -> list[tuple]:
-    """[(reply, rewards, what the environment remembers, seconds)]; the reply is None once there are
-    rewards."""
+    """[(reply, rewards, what each turn earned by their weights, what the environment remembers,
+    seconds)]; the reply is None once there are rewards."""
     start, reply, rewards = time.perf_counter(), None, {}
+    paid = [0.0] * max(len(row.episode.turns[::2]), 1)  # the policy's turns
     if may_go_on:
-        reply = await guarded(task.reply, row, seconds, loop)
+        function = task.reply if row.episode.turns else task.start
+        reply = await guarded(function, row, seconds, loop)
+        if not isinstance(reply, str | list) and (reply is not None or function is task.start):
+            raise UserError(f"{reward_name(function)} returned {reply!r} ({row.name()})")
     for function in task.rewards if reply is None else ():
         value, name = await guarded(function, row, seconds, loop), reward_name(function)
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise UserError(f"{name} returned {value!r} as a reward ({row.name()})")
-        rewards[name] = float(value)
-    return [(reply, rewards, row.episode.state, time.perf_counter() - start)]
+        each = value if isinstance(value, list) else [0.0] * (len(paid) - 1) + [value]
+        right = all(isinstance(v, numbers.Real) and math.isfinite(v) for v in each)
+        if not right or len(each) != len(paid):
+            what = f"returned {value!r} as a reward for {len(paid)} turns of the policy"
+            raise UserError(f"{name} {what} ({row.name()})")
+        rewards[name], weight = float(sum(each)), float(task.weights.get(name, 1.0))
+        paid = [p + weight * float(v) for p, v in zip(paid, each)]
+    return [(reply, rewards, paid, row.episode.state, time.perf_counter() - start)]
 
 
 async def guarded(function, row: Row, seconds: float, loop):

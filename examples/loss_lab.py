@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import grpo
 import losses
 from model import Policy, pack_rows
-from report import load_rollouts
+from report import derived, load_rollouts
 
 
 def load_policy(run: pathlib.Path, step: int, cfg, model: str | None):
@@ -58,7 +58,6 @@ def replay(table, policy, names: list[str], cfg, keep: bool) -> dict[str, dict]:
     for at in groups:
         for name, own in settings.items():
             table.advantage = losses.group_advantages(table, own.advantage)
-            table.advantage = losses.distilled(table, own)
             table.share = losses.shares(table, own)
             rows = table.take(at)
             logprobs, _ = policy(pack_rows(rows.tokens, rows.length, rows.mask))
@@ -77,12 +76,12 @@ def replay(table, policy, names: list[str], cfg, keep: bool) -> dict[str, dict]:
         g, n = result["gradient"], len(groups)
         variance = max(result["squares"] - float(g @ g) / n, 0.0) / max(n - 1, 1)  # of one group
         result["noise"] = (n * variance) ** 0.5 / max(float(g.norm()), 1e-30)  # of their sum
-        whole = ("_max", "_histogram")
+        whole = "_max"
         means = {
             k: v.tolist() if k.endswith(whole) else float(v) / tokens
             for k, v in result["sums"].items()
         }
-        result["figures"] = losses.derived(means)
+        result["figures"] = derived(means)
     return found
 
 

@@ -26,6 +26,7 @@ heartbeat.start(__name__)
 
 import grpo
 import losses
+import report
 import weights
 from generator import Generator
 from model import build_policy
@@ -235,9 +236,9 @@ def main(cfg: Config, world, run):
             return run.stopped(trainer, step, rollouts)
         rollouts = trainer.score(rollouts)  # log-probs of the reference, where asked for
         rollouts = critic.judge(rollouts)  # values, and advantages from them
-        metrics = losses.derived(trainer.step(rollouts, loss, losses.divisor))
+        metrics = report.derived(trainer.step(rollouts, loss, losses.divisor))
         metrics |= critic.learn(rollouts)
-        run.log(step, {**grpo.table_metrics(rollouts), **metrics}, rollouts)
+        run.log(step, {**report.table_metrics(rollouts), **metrics}, rollouts)
         run.save(trainer, step + 1)
     weights.sync(trainer, generator, world)  # the last evaluation and the export are one version
     run.log(cfg.steps, {}, gather(generator.finish(), world, cfg.tokens_per_microbatch))

@@ -60,7 +60,7 @@ def judge(task, row, may_go_on):
     try:
         workers.judge(task, row, may_go_on, 60).send(None)
     except StopIteration as end:
-        [(reply, row.rewards, row.episode.state, _)] = end.value
+        [(reply, row.rewards, row.paid, row.episode.state, _)] = end.value
         return reply
 
 

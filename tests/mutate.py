@@ -53,15 +53,15 @@ MUTATIONS = r"""
 + variance.sqrt()[group]
 
 4 std of one reply: losses.py
-- torch.bincount(group, centred**2) / (size - 1).clamp(min=1)
-+ torch.bincount(group, centred**2) / (size - 1)
+- total(centred**2) / (size - 1).clamp(min=1)
++ total(centred**2) / (size - 1)
 
 4 means in float32: losses.py
-- rollouts.reward.double()
-+ rollouts.reward.float()
+- rollouts.returns.double()
++ rollouts.returns.float()
 
 4 they dilute the divisor: losses.py
-- weight[equal_groups(rollouts)[group]] = 0.0
+- weight[torch.bincount(group, rollouts.advantage.any(1).double())[group] == 0] = 0.0
 + pass
 
 5 mask = ids != pad: rollouts.py
@@ -110,8 +110,8 @@ MUTATIONS = r"""
 + "raw_logprobs"
 
 10 top-p is let through: grpo.py
-- if cfg.top_p != 1.0:
-+ if cfg.top_p > 1.0:
+- # at least 1, at most 1: filtered sampling
++ # at most 1: filtered sampling
 
 10 top-k while sampling: generator.py
 - "seed": row.seed(self.cfg.seed),
@@ -248,12 +248,13 @@ MUTATIONS = r"""
 + 2 * cfg.kl_coef * penalty.sum()
 
 24 in the advantage too: losses.py
-- return rollouts.advantage
-+ return rollouts.advantage - cfg.kl_coef * (rollouts.logprobs - rollouts.ref_logprobs)
+- return centred.float().gather(1, rollouts.turns) * rollouts.mask
++ centred = centred - 0.1
++     return centred.float().gather(1, rollouts.turns) * rollouts.mask
 
 25 mean over reward functions: rollouts.py
-- table.reward[i] = sum(row.rewards.values())
-+ table.reward[i] = sum(row.rewards.values()) / len(row.rewards)
+- table.reward[i] = sum(row.paid)
++ table.reward[i] = sum(row.paid) / len(row.rewards)
 
 25 shuffle without a seed: tasks.py
 - random.Random(f"{seed}/epoch {epoch}")

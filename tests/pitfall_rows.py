@@ -35,7 +35,7 @@ def settings(model: str = "", **values) -> grpo.Config:
 def row(reply: int, prompt: list[int], tokens: list[int], logprobs=None, slot=0, step=0) -> Row:
     """A finished row of one turn, as the generator writes it; its reward is its number."""
     made = Row(step, slot, 0, reply, Episode({"prompt": ""}), finished=True)
-    made.rewards = {"correct": float(reply)}
+    made.rewards, made.paid = {"correct": float(reply)}, [float(reply)]
     made.append_given(prompt)
     made.prompt_length = len(prompt)
     made.append_sampled(tokens, logprobs or [-2.0] * len(tokens), now=step)

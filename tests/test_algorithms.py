@@ -13,7 +13,7 @@ from test_runs import good, learned
 from transformers import AutoTokenizer
 
 import grpo
-import losses
+import report
 from report import load_rollouts
 from tasks import load_task
 
@@ -62,7 +62,7 @@ def test_groups_that_teach_nothing_are_drawn_again(several):
     task, drawn = load_task(grpo.Config(**settings)), 0
     for step in range(2):
         rows, metrics = table(several, step), learned(several)[step]
-        equal = losses.equal_groups(rows)
+        equal = report.equal_groups(rows)
         assert metrics["equal_groups"] == pytest.approx(float(equal.float().mean()))
         for slot, ids in enumerate(rows.tokens[::4]):
             words = "".join(tokenizer.convert_ids_to_tokens(ids))
@@ -76,11 +76,13 @@ def test_groups_that_teach_nothing_are_drawn_again(several):
 @pytest.mark.long
 def test_a_teacher_alone(tiny, tmp_path):
     """Another architecture with the same tokens; one reply a prompt is enough."""
-    args = ["--group_size=1", f"--teacher={tiny('llama')}", "--loss=reinforce", "--steps=1"]
+    args = ["--group_size=1", f"--teacher={tiny('llama')}", "--steps=1"]
+    args += ["--loss=examples/distill.py:alone"]
     folder = start(tmp_path / "r", *args, ranks=2)
     rows = table(folder, 0)
-    expected = (rows.teacher_logprobs - rows.logprobs) * rows.mask
-    assert torch.equal(rows.advantage, expected) and expected.abs().max() > 0.1
+    gain = ((rows.teacher_logprobs - rows.logprobs) * rows.mask).sum() / rows.mask.sum()
+    assert learned(folder)[0]["teacher_gain"] == pytest.approx(gain.item(), rel=1e-4)
+    assert gain.abs() > 0.1 and not rows.advantage.any()
     assert learned(folder)[0]["grad_norm"] > 1e-3
 
 

@@ -136,7 +136,7 @@ ANYTHING = strategies.lists(
 @given(turns=ANYTHING)
 def test_replies_of_anything(turns):
     """The environment answers or ends; a reward is a number; and the sample can be written."""
-    row = SimpleNamespace(name=lambda: "row", rewards={})
+    row = SimpleNamespace(name=lambda: "row", rewards={}, paid=[])
     task = CALCULATOR
     row.episode = tasks.Episode(task.train[0], turns)
     reply = judge(task, row, may_go_on=True)
@@ -173,7 +173,7 @@ def test_prompts_of_no_and_of_100_000_tokens(tmp_path):
     world = SimpleNamespace(generates=False, colocated=False, cuda=False, engine=0, leads=True)
     plain = [{"prompt": "1+1="}] * 3
     odd = [{"prompt": ""}, {"prompt": "1" * 100_000}]
-    made = Generator(grpo.Config(), world, SimpleNamespace(stop=""), tokenizer)
+    made = Generator(grpo.Config(), world, tasks.Task(None), tokenizer)
     made.told = {"notes": []}
     made.encode_prompt = made.encode  # no BOS: an empty prompt has no token
     made.task.train, made.task.heldout = plain + odd, plain

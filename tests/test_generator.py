@@ -40,7 +40,7 @@ def test_a_reward_that_is_no_number_is_named_with_its_row(calculator, value):
     def generous(episode):
         return value
 
-    task = SimpleNamespace(reply=calculator.reply, rewards=[calculator.correct, generous])
+    task = task_of(calculator.correct, generous)
     with pytest.raises(UserError, match="generous returned .*.*step 3, slot 4, reply 5, prompt '1"):
         judge(task, row("#5"), may_go_on=False)
 
@@ -57,7 +57,7 @@ class Constant:
 def test_rewards_of_every_kind_have_a_name(calculator):
     rewards = [calculator.correct, functools.partial(times, 3), Constant(), lambda episode: 7]
     judged = row("#5")
-    judge(SimpleNamespace(reply=calculator.reply, rewards=rewards), judged, may_go_on=False)
+    judge(task_of(*rewards), judged, may_go_on=False)
     assert judged.rewards == {"correct": 1.0, "times": 1.5, "Constant": 1.0, "<lambda>": 7.0}
     assert all(type(value) is float for value in judged.rewards.values())
 
@@ -74,6 +74,7 @@ def make():
 
     def make(task, **settings):
         usual = dict(deterministic=True, task_seconds=0.5, group_size=1, max_refills=0)
+        usual |= dict(max_turns=2, max_new_tokens=12, episode_seconds=0.0, model="m")
         cfg = SimpleNamespace(dtype="auto", **{**usual, **settings})
         made = Generator(cfg, WORLD, task, None)
         made.rows, made.groups, made.complete = {}, {}, {}

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "generator": {"runtime", "rollouts", "tasks", "engine", "workers", "report"},
     "weights": set(),  # it is handed the trainer and the generator
     "data": {"runtime", "rollouts", "tasks"},
-    "grpo": set(CORE) - {"sft"},
+    "grpo": {*CORE, "report"} - {"sft"},
     "sft": {*CORE, "report"} - {"grpo", "generator", "losses"},
 }
 

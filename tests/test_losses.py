@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import losses
+import report
+from examples import distill
 from grpo import Config, find_loss
-from rollouts import Rollouts
+from rollouts import Rollouts, Row, from_rows
 from trainer import nothing
 
 log = math.log
@@ -46,6 +48,8 @@ def rewarded(rewards, groups, sampled=None):
     return Rollouts(
         index=torch.tensor(groups),
         reward=torch.tensor(rewards),
+        returns=torch.tensor(rewards)[:, None],
+        turns=torch.zeros(len(rewards), len(place), dtype=torch.long),
         mask=(place > 0) & (place <= sampled[:, None]),
         weight=torch.ones(len(rewards)),
         finished=torch.ones(len(rewards), dtype=torch.bool),
@@ -71,44 +75,82 @@ def test_advantages_by_hand(kind, expected):
         assert row == close([0] + [value] * sampled + [0] * (2 - sampled))  # sampled tokens alone
 
 
+def played(slot, reply, *paid):
+    """A row of a prompt of one token, turns of two tokens, and an observation between two."""
+    made = Row(0, slot, 0, reply, None, paid=list(paid))
+    made.append_given([9])
+    for made.turn in range(len(paid)):
+        made.append_given([8] if made.turn else [])
+        made.append_sampled([5, 6], [-1.0, -1.0], 0)
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_advantages_by_turns_and_episodes_of_unequal_length_by_hand(kind):
+    """Discount 1/2. Row 0 earns 1, 0, 4: returns 2, 2, 4. Row 1 earns 3, and is over: 3, 3, 3."""
+    table = from_rows([played(7, 0, 1.0, 0.0, 4.0), played(7, 1, 3.0)], [], discount=0.5)
+    assert table.reward.tolist() == [5, 3]
+    assert table.returns.tolist() == [[2, 2, 4], [3, 3, 3]]
+    a = losses.group_advantages(table, kind)
+    half = {"mean": 0.5, "mean_std": 0.5 / (0.5**0.5 + 1e-4), "leave_one_out": 1.0}[kind]
+    one = [0, -half, -half, 0, -half, -half, 0, half, half]  # 2 - 2.5, 2 - 2.5, 4 - 3.5
+    assert a[0].tolist() == close(one) and a[1].tolist() == close([0, half, half] + [0] * 6)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4), st.floats(-3, 3, width=32))))
+def test_a_reward_at_the_end_is_that_of_every_turn(episodes):
+    """However many turns: the advantage is that of the episodes' rewards."""
+    rows = [played(g, i, *[0.0] * (n - 1), r) for i, (g, n, r) in enumerate(episodes)]
+    table = from_rows(rows, [])
+    single = from_rows([played(r.slot, r.reply, r.paid[-1]) for r in rows], [])
+    for kind in KINDS:
+        a, b = (losses.group_advantages(t, kind) for t in (table, single))
+        assert a.shape[0] == 0 or torch.equal(a[:, 1], b[:, 1])
+        for row, mask in zip(a, table.mask):
+            assert len(row[mask].unique()) <= 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_groups_that_teach_nothing_are_exactly_zero(kind):
     seven = rewarded([0.1] * 7, [4] * 7)  # in float32 their mean is not 0.1
     equal = losses.group_advantages(seven, kind)
     single = losses.group_advantages(rewarded([5.0], [4]), kind)
     assert torch.equal(equal, torch.zeros(7, 3)) and torch.equal(single, torch.zeros(1, 3))
-    assert losses.equal_groups(seven).tolist() == [True]
+    assert report.equal_groups(seven).tolist() == [True]
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "prompt", "fixed"])
 def test_a_rank_without_rows_has_columns_without_rows(aggregation):
-    settings = {"teacher": "x", "aggregation": aggregation, "equal_rewards": "mask"}
-    empty, cfg = Rollouts.blank(0, 0), configured(**settings, overlong="mask")
+    settings = {"aggregation": aggregation, "equal_rewards": "mask"}
+    empty, cfg = from_rows([], []), configured(**settings, overlong="mask")
     for kind in ("mean", "mean_std", "leave_one_out"):
-        assert losses.group_advantages(empty, kind).shape == (0, 0)
+        empty.advantage = losses.group_advantages(empty, kind)
+        assert empty.advantage.shape == (0, 0)
     assert losses.row_weights(empty, cfg).shape == losses.shares(empty, cfg).shape == (0,)
-    assert losses.distilled(Rollouts(), cfg) is None  # after `gather`, on a rank that trains none
 
 
 def test_equal_groups_by_hand():
     table = rewarded([1.0, 0.0, 2.0, 2.0, 5.0], [9, 9, 4, 4, 11])
-    assert losses.equal_groups(table).tolist() == [True, False, True]  # of groups 4, 9, 11
+    assert report.equal_groups(table).tolist() == [True, False, True]  # of groups 4, 9, 11
 
 
 def test_distilled_by_hand():
+    """The gradient of examples/distill.py at a ratio of 1 is minus the advantage."""
     rows = Rollouts(
         index=torch.tensor([0]),
         mask=torch.tensor([[False, True, True]]),
+        weight=torch.ones(1),
+        share=torch.ones(1),
         advantage=tensor([[0, 3, 3]]),
         logprobs=tensor([[0, -1, -2]]),
         teacher_logprobs=tensor([[-9, -1.5, -0.5]]),  # the prompt's is nobody's business
     )
-    # teacher - generator: -0.5, +1.5; times 2
-    alone = configured(teacher="x", teacher_coef=2.0)
-    assert losses.distilled(rows, alone).tolist() == [[0, -1, 3]]
-    alone.distill = "add"
-    assert losses.distilled(rows, alone).tolist() == [[0, 2, 6]]
-    assert losses.distilled(rows, configured()) is rows.advantage
+    for loss, expected in ((distill.alone, [0, -0.5, 1.5]), (distill.added, [0, 2.5, 4.5])):
+        logprobs = rows.logprobs.clone().requires_grad_()
+        value, sums = loss(logprobs, rows, configured())
+        value.backward()
+        assert (-logprobs.grad).tolist() == [expected]
+        assert sums["teacher_gain"] == 1.0  # -0.5 + 1.5
 
 
 # ---------------------------------------------------------------- what a row counts
@@ -117,6 +159,7 @@ def test_distilled_by_hand():
 def test_row_weights_by_hand():
     table = rewarded([1.0, 0.0, 2.0, 2.0], [4, 4, 9, 9])
     table.finished[1] = False
+    table.advantage = losses.group_advantages(table)
     assert losses.row_weights(table, configured()).tolist() == [1, 1, 1, 1]
     assert losses.row_weights(table, configured(overlong="mask")).tolist() == [1, 0, 1, 1]
     assert losses.row_weights(table, configured(equal_rewards="mask")).tolist() == [1, 1, 0, 0]
@@ -395,7 +438,6 @@ def test_figures_by_hand():
     logprobs = tensor([[0, -1, -1, -1], [-1, -1, -1, -1]])
     cfg = configured(kl_coef=0.1)
     sums = losses.figures(logprobs, rows, cfg)
-    histogram = sums.pop("mismatch_histogram")
     assert {k: v.item() for k, v in sums.items()} == {
         "policy_age": 0 + 1 + 2,
         "policy_age_max": 2,
@@ -408,22 +450,9 @@ def test_figures_by_hand():
         "ess_squares": close(1 + 4 + 0.0625),
         "kl_ref": close(2 - 1 - log(2)),  # of the third token
     }
-    assert histogram.sum() == 3
-    means = {"ess": 3.25 / 3, "ess_squares": 5.0625 / 3, "mismatch_histogram": histogram.tolist()}
-    out = losses.derived({**means, "reward": 1.0})
-    assert out.pop("mismatch_p95") == pytest.approx(log(4), rel=0.03)
+    out = report.derived({"ess": 3.25 / 3, "ess_squares": 5.0625 / 3, "reward": 1.0})
     assert out == {"reward": 1.0, "ess": close(3.25**2 / (3 * 5.0625))}
-    assert losses.derived({"loss": 1.0}) == {"loss": 1.0}  # a user's loss without figures
-
-
-@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0])
-def test_the_95th_percentile_is_within_3_percent(scale):
-    """100 tokens that differ by 1, 2, ... 100 times the scale: the 95th of them."""
-    logprobs, rows = one_row([1] * 100, [0] * 100)
-    rows.logprobs = logprobs.detach() + scale * torch.arange(1, 101, dtype=torch.float64)
-    sums = losses.figures(logprobs.detach(), rows, configured())
-    one = {k: sums[k].tolist() for k in ("mismatch_histogram", "ess", "ess_squares")}
-    assert losses.derived(one)["mismatch_p95"] == pytest.approx(95 * scale, rel=0.03)
+    assert report.derived({"loss": 1.0}) == {"loss": 1.0}  # a user's loss without figures
 
 
 def test_with_several_updates_the_mismatch_is_that_before_the_first():
@@ -570,7 +599,9 @@ def tables(draw):
         logprobs=old - tensor(drift) * draw(st.sampled_from([0.0, 0.1, 1.0])),
         advantage=tensor(cells(number(-3, 3))),  # also where nothing was sampled
         ref_logprobs=new + tensor(ref),
+        turns=torch.zeros(n, t, dtype=torch.long),
     )
+    rows.returns = rows.reward[:, None]
     return new, rows, old
 
 

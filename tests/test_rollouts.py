@@ -30,6 +30,7 @@ def test_pack_promises(lengths, trainers, budget):
 
 def make_row(slot, reply, prompt, sampled, given=()):
     row = Row(3, slot, 0, reply, Episode({"prompt": ""}), rewards={"correct": float(reply)})
+    row.paid = [float(reply)]
     row.append_given(prompt)
     row.append_sampled(sampled, [-0.5] * len(sampled), now=3)
     row.append_given(list(given))

@@ -48,7 +48,7 @@ def start(*argv, script=grpo):
         (["--loss=gpo"], "loss"),
         (["--deterministic=perhaps"], "deterministic"),
         (["--config=missing.yaml"], "missing.yaml"),
-        (["--top_p=0.9"], "top_p=0.9: must be 1"),
+        (["--top_p=0.9"], "top_p=0.9: must be at least 1"),
         (["--temperature=0"], "temperature=0.0"),
         (["--group_size=1"], "group_size=1"),
         (["--prompts_per_step=0"], "prompts_per_step=0"),

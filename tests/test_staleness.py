@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import grpo
 import losses
+import report
 from model import Policy, pack_rows
 from rollouts import Rollouts
 
@@ -50,6 +51,8 @@ def sample(policy, rows: int = ROWS) -> Rollouts:
         weight=torch.ones(n),
         share=torch.ones(n),
         reward=(token % 5).float(),
+        returns=(token % 5).float()[:, None],
+        turns=torch.zeros(n, t, dtype=torch.long),
         tokens=torch.cat([torch.tensor(PROMPT).expand(n, -1), token[:, None]], 1),
         mask=mask,
         logprobs=mask * logp[token][:, None],
@@ -107,7 +110,7 @@ def test_figures_say_how_stale(policies):
         new(pack_rows(table.tokens, table.length, table.mask))[0].detach(), table, cfg
     )
     assert sums["policy_age_max"] == 3 and sums["policy_age"] == 3 * ROWS
-    ess = losses.derived({k: v if v.numel() > 1 else float(v) / ROWS for k, v in sums.items()})[
+    ess = report.derived({k: v if v.numel() > 1 else float(v) / ROWS for k, v in sums.items()})[
         "ess"
     ]
     assert 0.1 < ess < 0.9

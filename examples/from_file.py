@@ -1,10 +1,13 @@
-"""Any file with `prompt` and `answer`: torchrun --nproc_per_node=3 grpo.py --task=mine.jsonl"""
+"""Any file with prompts and answers: what `--task=file.jsonl` is. Copy it to judge them otherwise.
+
+torchrun --nproc_per_node=3 grpo.py --task=mine.jsonl --model=...
+"""
 
 from runtime import UserError
 from tasks import Task, read_examples
 
 
-class Prompts(Task):
+class FileTask(Task):
     """Any file with `prompt` and `answer`. The last tenth, at most 512 prompts, is held out."""
 
     def __init__(self, cfg):
