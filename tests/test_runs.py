@@ -171,7 +171,10 @@ def test_an_earlier_run_is_kept(twice, tmp_path):
     assert (tmp_path / "r.1/model/model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("name", "eos", "max_turns"), [("llama", (2,), 4), ("qwen2", (2, 7), 1)])
+LLAMA = pytest.param("llama", (2,), 4, marks=pytest.mark.long)  # `make test`: in test_docs.py
+
+
+@pytest.mark.parametrize(("name", "eos", "max_turns"), [LLAMA, ("qwen2", (2, 7), 1)])
 def test_other_architectures(tiny, tmp_path, name, eos, max_turns):
     """Untied heads, biases, several EOS ids: parity, and bit-equal weights after each sync."""
     model = tiny(name, eos)
