@@ -20,13 +20,11 @@ def parameters(trainer):
 
 def shard(trainer, name: str, p) -> torch.Tensor:
     """This trainer's rows of a parameter, LoRA merged: B is cut as W is. Collective with LoRA."""
-    if not getattr(trainer.cfg, "lora_rank", 0) or not name.endswith(".weight"):
+    adapter = f"lm.{name.removesuffix('weight')}lora_"
+    if f"{adapter}A" not in trainer.trained:
         return p.to_local()
-    layer = trainer.policy.lm.get_submodule(name.removesuffix(".weight"))
-    if not hasattr(layer, "lora_A"):
-        return p.to_local()
-    a, b = layer.lora_A.full_tensor(), layer.lora_B.to_local()
-    return torch.addmm(p.to_local(), b, a, alpha=layer.scale)
+    a, b = trainer.trained[f"{adapter}A"].full_tensor(), trainer.trained[f"{adapter}B"].to_local()
+    return torch.addmm(p.to_local(), b, a, alpha=trainer.cfg.lora_alpha / trainer.cfg.lora_rank)
 
 
 def fill(views: list[torch.Tensor], shards: list[torch.Tensor], group):
@@ -152,16 +150,11 @@ def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torc
 
     with world.span("export"):
         trainer.saved()  # a checkpoint that is being written
-        tensors = {}
+        tensors, trained = {}, trainer.trained if world.trains else {}
         for name, full in stream(trainer) if world.trains else ():
             if world.writes:
-                # A copy: of uneven shards the full tensor is a view of something larger.
-                tensors[name] = torch.empty(full.shape, dtype=dtype).copy_(full)
-        lora = {}  # under PEFT's names
-        for name, p in trainer.trained.items() if world.trains else ():
-            if ".lora_" in name:
-                name = name.replace("lm.", "base_model.model.", 1) + ".weight"
-                lora[name] = p.detach().full_tensor()
+                tensors[name] = full.to("cpu", dtype)
+        lora = {k: p.detach().full_tensor() for k, p in trained.items() if ".lora_" in k}
         if world.writes:
             final = pathlib.Path(folder)
             partial = final.with_name(f"partial-{final.name}")
@@ -182,13 +175,13 @@ def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torc
         world.agree(None)
 
 
-def save_adapters(tensors: dict[str, torch.Tensor], cfg, folder: pathlib.Path):
-    """In PEFT's format."""
+def save_adapters(lora: dict[str, torch.Tensor], cfg, folder: pathlib.Path):
+    """In PEFT's format, under its names."""
     about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model}
-    targets = sorted({name.split(".")[-3] for name in tensors})
+    targets = sorted({name.split(".")[-2] for name in lora})
     about |= {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": targets}
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
-    save_file(
-        {k: v.cpu().contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors"
-    )
+    names = {k: f"base_model.model.{k.removeprefix('lm.')}.weight" for k in lora}
+    tensors = {names[k]: v.cpu().contiguous() for k, v in lora.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
