@@ -39,11 +39,8 @@ def fill(views: list[torch.Tensor], shards: list[torch.Tensor], group):
     own = [part[: s.numel()].view_as(s) for part, s in zip(mine.split(rooms), shards)]
     torch._foreach_copy_(own, shards)
     dist.all_gather_into_tensor(parts, mine, group=group)
-    parts = parts.view(n, -1).split(rooms, dim=1)
-    parts = [
-        p if p.numel() == v.numel() else p.flatten()[: len(v.flatten())]
-        for v, p in zip(views, parts)
-    ]
+    pairs = zip(views, parts.view(n, -1).split(rooms, dim=1))
+    parts = [p if p.numel() == v.numel() else p.flatten()[: v.numel()] for v, p in pairs]
     torch._foreach_copy_([v.view(p.shape) for v, p in zip(views, parts)], parts)
 
 
@@ -68,9 +65,8 @@ def plan_buckets(trainer, limit: int) -> list[dict[str, tuple[int, ...]]]:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """Sum of the bit patterns, as integers."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.contiguous().view(bits).long().sum())
+    """Sum of the bit patterns, as integers of 16 bits."""
+    return int(tensor.contiguous().flatten().view(torch.int16).sum())
 
 
 @torch.no_grad()  # DTensor is quick then, and there are hundreds of parameters
@@ -88,8 +84,7 @@ def buckets_through(trainer, world, dtype):
             own = [shard(trainer, name, mine[name]) for name in bucket]
             fill(list(views.values()), own, world.mesh[-1])
         if world.carries_weights and bucket:
-            how = {"src": world.first_trainer, "group": world.weights, "async_op": True}
-            work = dist.broadcast(flat, **how)
+            work = dist.broadcast(flat, world.first_trainer, world.weights, async_op=True)
         coming.append((views, work))
         if k:
             views, work = coming.pop(0)
