@@ -152,11 +152,10 @@ class World:
         self.generator_ranks, self.generates = generators, self.rank in generators
         # An engine is a block of ranks that step together; only its first rank speaks for it.
         self.engines = [generators[i : i + t] for i in range(0, len(generators), t)]
-        self.engine_ranks = next((e for e in self.engines if self.rank in e), [])
-        self.engine = self.engines.index(self.engine_ranks) if self.engine_ranks else -1
+        self.engine = self.rank // t if self.generates else -1
+        self.engine_ranks = self.engines[self.engine] if self.generates else []
         # Who brings rows to `gather`; without engines the first trainer.
-        alone = self.writes and num_generators is None
-        self.leads = self.rank == self.engine_ranks[0] if self.engine_ranks else alone
+        self.leads = self.rank in ([ranks[0] for ranks in self.engines] or [first])
         roles = ["generator"] * first + ["trainer"] * len(trainers)
         HEART.names = [f"rank {r} ({role})" for r, role in enumerate(roles)]
 
@@ -180,7 +179,7 @@ class World:
             if self.colocated:  # freed memory goes back page by page: a waking engine needs it
                 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
             torch.cuda.set_device(self.device)
-        device_backend, who = "nccl" if self.cuda else "gloo", {}
+        backend, who = "nccl" if self.cuda else "gloo", {}
         if self.size == len(HEART.local):  # one node: nobody else listens in
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 os.environ.setdefault(name, "lo")
@@ -188,31 +187,24 @@ class World:
             who = {"store": dist.PrefixStore(HEART.key("torch"), connect_store(LONG))}
             who |= {"rank": self.rank, "world_size": self.size}
         # No device_id: an eagerly bound NCCL splits communicators, which takes every rank.
-        backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
-        dist.init_process_group(backend, timeout=LONG, **who)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", timeout=LONG, **who)
         self.store = self.store or dist.distributed_c10d._get_default_store()
 
-        def group(name, ranks, backend):
-            return dist.new_group(ranks, backend=backend, timeout=LONG, group_desc=name)
+        def group(name, kind, *blocks):  # this rank's; every rank makes those of all blocks
+            made = [dist.new_group(ranks, LONG, kind, group_desc=name) for ranks in blocks]
+            return next((g for g in made if g is not dist.GroupMember.NON_GROUP_MEMBER), None)
 
-        def own(name, blocks, backend):  # a group for each block; every rank makes them all
-            made = {tuple(ranks): group(name, ranks, backend) for ranks in blocks}
-            return next((made[ranks] for ranks in made if self.rank in ranks), None)
-
-        everyone = list(range(self.size))
-        self.control = group("control", everyone, "gloo")  # tables, headers, objects
-        self.arrivals = group("arrivals", everyone, "gloo")  # non-blocking barriers, nothing else
-        self.trainers = group("trainers", self.trainer_ranks, device_backend)
-        self.savers = group("savers", self.trainer_ranks, "gloo")  # checkpoints, beside training
+        everyone, weights = range(self.size), {*self.generator_ranks, self.first_trainer}
+        self.control = group("control", "gloo", everyone)  # tables, headers, objects
+        self.arrivals = group("arrivals", "gloo", everyone)  # non-blocking barriers, nothing else
+        self.trainers = group("trainers", backend, self.trainer_ranks)
+        self.savers = group("savers", "gloo", self.trainer_ranks)  # checkpoints, beside training
         self.mesh = [self.trainers]  # FSDP's group; with copies of the model HSDP's two
         if len(self.shards) > 1:
-            same_shard = [list(ranks) for ranks in zip(*self.shards)]
-            self.mesh = [own("mesh", b, device_backend) for b in (same_shard, self.shards)]
-        weights = sorted({*self.generator_ranks, self.first_trainer})
-        apart = bool(self.generator_ranks) and not self.colocated
-        self.carries_weights = apart and self.rank in weights
-        self.weights = group("weights", weights, device_backend)
-        self.engine_group = own("engine", self.engines, "gloo")
+            self.mesh = [group("mesh", backend, *b) for b in (zip(*self.shards), self.shards)]
+        self.weights = group("weights", backend, weights)
+        self.carries_weights = self.rank in weights and not self.colocated
+        self.engine_group = group("engine", "gloo", *self.engines)
 
     def arrive(self, name: str):
         """Wait for every rank; a generator goes on with its rows until all are here. Collective."""
@@ -334,7 +326,6 @@ def say_what_failed(error: BaseException, world: World, run: Run | None):
         time.sleep(0.1)
         dead = HEART.dead()
     if run:  # not for ever: a sink's network may be what is down
-        says = not world.has_failed()
-        ending = threading.Thread(target=run.finish, args=(says,), daemon=True)
+        ending = threading.Thread(target=run.finish, args=(not world.has_failed(),), daemon=True)
         ending.start(), ending.join(10)
     HEART.say(dead or line)
