@@ -199,7 +199,7 @@ class Policy(nn.Module):
         hidden = self.lm.model(
             input_ids=pack.tokens,
             position_ids=pack.positions,
-            attention_mask=pack.tokens.new_zeros(1, 1, 1, 1),  # see `unsupported`
+            attention_mask=pack.tokens.new_zeros(1, 1, 1, 1),  # unused; else positions make one
             use_cache=False,
             pack=pack,
         ).last_hidden_state.flatten(0, 1)
@@ -207,12 +207,9 @@ class Policy(nn.Module):
         before, head = hidden.index_select(0, wanted - 1), self.lm.get_output_embeddings().weight
         logprobs, entropy = head_logprobs(before, head, pack.tokens.flatten()[wanted], *how)
         at, size = pack.slot[wanted], (len(pack.starts) - 1) * pack.longest
-
-        def table(values):
-            out = values.new_zeros(size).index_copy(0, at, values).view(-1, pack.longest)
-            return out[: pack.shape[0], : pack.shape[1]]
-
-        return table(logprobs), table(entropy.detach())
+        laid = (x.new_zeros(size).index_copy(0, at, x) for x in (logprobs, entropy.detach()))
+        b, t = pack.shape
+        return tuple(x.view(-1, pack.longest)[:b, :t] for x in laid)
 
 
 def check_config(path: str) -> AutoConfig:
@@ -222,8 +219,7 @@ def check_config(path: str) -> AutoConfig:
     except (OSError, ValueError) as error:
         why = f"no model there ({str(error).splitlines()[0]})"
         if "trust_remote_code" in str(error):
-            why = "it brings Python code of its own, which would run as you (trust_remote_code); "
-            why += "that is off, without a switch"
+            why = "brings Python code of its own, which would run as you (trust_remote_code is off)"
         raise UserError(f"model={path}: {why}") from None
     if why := unsupported(config):
         raise UserError(f"model={path}: {why}")
@@ -244,9 +240,8 @@ def adapt(lm: nn.Module, rank: int, alpha: float, seed: int):
     lm.requires_grad_(False)
     for module in [m for m in lm.model.layers.modules() if isinstance(m, nn.Linear)]:
         module.__class__, module.scale, w = Adapted, alpha / rank, module.weight
-        module.lora_A = nn.Parameter(
-            w.new_empty(rank, w.shape[1]).uniform_(-1, 1) / w.shape[1] ** 0.5
-        )
+        a = w.new_empty(rank, w.shape[1]).uniform_(-1, 1) / w.shape[1] ** 0.5
+        module.lora_A = nn.Parameter(a)
         module.lora_B = nn.Parameter(w.new_zeros(w.shape[0], rank))
 
 
@@ -272,10 +267,8 @@ def unsupported(config) -> str:
         return f"{name} is not built like Llama, with lm.model.layers and a head without bias"
     lm.model.layers = lm.model.layers[:1]
     two = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    mask = two.expand(1, 1, 2, 2)  # of no effect, but without one transformers looks at positions
-    pack = Pack(two, two, two[0].int(), two[0], two[0], 2, False, (1, 2))
     try:
-        lm.model(input_ids=two, position_ids=two, attention_mask=mask, use_cache=False, pack=pack)
+        Policy(lm, 1.0, 0)(Pack(two, two, two[0].int(), two[0], two[0], 2, False, (1, 2)))
     except (AttributeError, TypeError, RuntimeError):  # the last one: rope that asks for lengths
         return f"{name}'s layers or positions do not take packed rows"
     return ""
@@ -307,8 +300,7 @@ def build_policy(cfg, world, frozen: str | None = None, head=None) -> nn.Module:
     # One dimension, over which FSDP2 shards; with replicas two: HSDP copies over the first.
     names, ranks = ("copies", "shards")[-len(world.mesh) :], torch.tensor(world.shards).squeeze(0)
     mesh = DeviceMesh.from_group(world.mesh, world.device.type, ranks, mesh_dim_names=names)
-    cast = None if frozen or compute == master else compute
-    types = MixedPrecisionPolicy(cast, reduce_dtype=master, cast_forward_inputs=False)
+    types = MixedPrecisionPolicy(compute, reduce_dtype=master, cast_forward_inputs=False)
     shard, alone = {"mesh": mesh, "mp_policy": types}, world.num_trainers == 1
     if frozen and cfg.offload_frozen and world.cuda:
         shard["offload_policy"] = CPUOffloadPolicy()
