@@ -257,9 +257,8 @@ class World:
 
     def close(self):
         """Leave together, so that nobody's group dies under another's last message."""
-        if dist.is_initialized():
-            dist.barrier(group=self.control)
-            dist.destroy_process_group()
+        dist.barrier(group=self.control)
+        dist.destroy_process_group()
 
 
 def watch(world: World, run: Run):

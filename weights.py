@@ -134,8 +134,7 @@ def check(trainer, generator, world):
         untouched = [name for name, p in own.items() if bool(p.isnan().any())]
         changed = [name for name, p in own.items() if checksum(p) != before[name]]
         if bad or untouched or changed:
-            found = f"{bad=} on the wire, {untouched=} by it, {changed=} by reload"
-            raise RuntimeError(f"weights after sync: {found}")
+            raise RuntimeError(f"weights: {bad=} as sent, {untouched=}, {changed=} by reload")
 
 
 def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torch.float32):
@@ -177,6 +176,5 @@ def save_adapters(lora: dict[str, torch.Tensor], cfg, folder: pathlib.Path):
     about |= {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": targets}
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
-    names = {k: f"base_model.model.{k.removeprefix('lm.')}.weight" for k in lora}
-    tensors = {names[k]: v.cpu().contiguous() for k, v in lora.items()}
+    tensors = {f"base_model.model.{k.removeprefix('lm.')}.weight": v for k, v in lora.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
