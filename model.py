@@ -1,8 +1,6 @@
-"""The policy: a Hugging Face causal LM under FSDP2. Packed rows in, log-probs out.
-
-Rows lie one behind the other in a single sequence without padding, or side by side where they are
-about even; attention keeps them apart. The head never holds all logits, but some words' at a time.
-"""
+"""The policy: a Hugging Face causal LM under FSDP2. Packed rows in, log-probs out. Rows lie one
+behind the other in one sequence without padding, or side by side where they are about even;
+attention keeps them apart. The head never holds all logits, but some words' at a time."""
 
 import functools
 import pathlib
@@ -72,10 +70,9 @@ def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack = None, **kwargs):
-    """Queries (R, H, L, D), keys and values (R, H_kv, L, D) -> (R, L, H, D), causal in each row.
-    CUDA: cuDNN's kernel, the faster one, where rows have one length; else flash attention over the
-    packed layout. CPU: rows are laid out padded for this one operation, because attention over the
-    whole pack would cost P^2; the padding is at the end, where causality hides it."""
+    """Queries (R, H, L, D), keys, values (R, H_kv, L, D) -> (R, L, H, D), causal in each row. CUDA:
+    cuDNN's kernel, the faster, on rows of one length, else flash attention over the pack. CPU: rows
+    padded for this one operation (the pack would cost P^2) at the end, where causality hides it."""
     fast, n = query.is_cuda and query.dtype == torch.bfloat16, len(pack.starts) - 1  # n: rows
     if not pack.even:
         xs = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]  # (P, H, D)
@@ -227,8 +224,7 @@ def check_config(path: str) -> AutoConfig:
 
 
 class Adapted(nn.Linear):
-    """W x + (alpha / rank) B A x: W stays as it was, A and B are trained (LoRA, arXiv 2106.09685,
-    section 4.1). B is zero at first."""
+    """W x + (alpha / rank) B A x: A, and B from 0, are trained (LoRA, arXiv 2106.09685, 4.1)."""
 
     def forward(self, x):
         return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
@@ -281,9 +277,8 @@ def has_weights(path: str) -> bool:
 
 
 def build_policy(cfg, world, frozen: str | None = None, head=None) -> nn.Module:
-    """Load (or initialise) the model, shard it over the trainers: a Policy, or what `head` makes of
-    it. With `frozen` that model, in the compute type and without a gradient: a reference or a
-    teacher. Collective over the trainers."""
+    """The model, loaded or initialised, sharded over the trainers: a Policy or what `head` makes of
+    it. `frozen`: that one, in the compute type, with no gradient (a reference). Collective."""
     master = torch.float64 if cfg.dtype == "float64" else torch.float32
     auto = "bfloat16" if world.cuda else "float32"
     compute = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)

@@ -1,8 +1,6 @@
-"""From the shell to the loop: settings, ranks and their groups, clocks, signals.
-
-The only file that reads a rank. The others ask the `World` questions with names (`world.trains`,
-`world.writes`), and nothing here knows what a model is.
-"""
+"""From the shell to the loop: settings, ranks and their groups, clocks, signals. The only file that
+reads a rank: the others ask the `World` questions with names (`world.trains`, `world.writes`), and
+nothing here knows what a model is."""
 
 import contextlib
 import dataclasses
@@ -237,8 +235,7 @@ class World:
         return False
 
     def lap(self, name: str | None = None):
-        """The time since the last lap or border of a phase was spent on `name`, else on the phase:
-        each second stands once in `clock`."""
+        """What passed since the last lap or border of a phase is `name`'s, else the phase's."""
         now, name = time.monotonic() + self.since_epoch, name or HEART.phase
         self.clock[name] = self.clock.get(name, 0.0) + now - self.border
         report.note_engine(self.spans, name, self.border, now)
@@ -262,10 +259,9 @@ class World:
 
 
 def watch(world: World, run: Run):
-    """SIGTERM and Ctrl-C set `world.stopping`: the loop ends between two steps, with a checkpoint.
-    If it has not ended after `stop_seconds` (a long step, or its peer is gone), this thread ends
-    the process; what is being written is awaited. torchrun has a limit of its own:
-    TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30 seconds. The heartbeat learns what phases may last."""
+    """SIGTERM and Ctrl-C set `world.stopping`: the loop ends between two steps, with a checkpoint;
+    or, after `stop_seconds` (a long step, a peer that is gone), this thread ends the process when
+    nothing is being written. torchrun's own limit: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30 seconds."""
 
     def stop():
         world.stopping, end = True, time.monotonic() + run.cfg.stop_seconds
@@ -284,9 +280,8 @@ def watch(world: World, run: Run):
 
 
 def launch(main, config_class, check):
-    """Everything around `main(cfg, world, run)`: settings, ranks, logs, and how it ends.
-    `check(cfg, world)` raises UserError for settings that cannot work together. It runs before
-    anything is loaded."""
+    """Everything around `main(cfg, world, run)`: settings, ranks, logs, and how it ends. Before
+    anything is loaded `check(cfg, world)` raises UserError for settings that do not go together."""
     world = run = None
     try:
         cfg = settings(config_class, sys.argv[1:])

@@ -1,6 +1,5 @@
 """Weights leave the trainers as one stream of (name, full tensor), into one of two sinks: the
-generators (`sync`) and a Hugging Face folder (`export`).
-"""
+generators (`sync`) and a Hugging Face folder (`export`)."""
 
 import json
 import math
@@ -95,9 +94,8 @@ def buckets_through(trainer, world, dtype):
 
 def sync(trainer, generator, world):
     """Trainers' weights -> every engine, between two engine steps; version + 1. Collective. Flat
-    buckets, one broadcast each, from the first trainer to all generator ranks, are copied in place
-    as vLLM's own loaders do (fused and tensor-parallel layers included), so captured graphs stay
-    valid. Colocated ranks keep what their own all-gather gave."""
+    buckets, one broadcast each from the first trainer, are copied in place, fused and cut layers
+    too, so captured graphs stay valid. Colocated ranks keep what their own all-gather gave."""
     with world.span("evaluate"):
         generator.finish_evaluation()
     world.arrive("sync")
