@@ -35,7 +35,7 @@ class Heartbeat:
             self.watched.append(list(range(there, there + here)))
         self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self.phase, self.waits, self.moved, self.still, self.beats = "start", False, True, 0, 0
-        self.store, self.ended, self.heard, self.after = None, False, {}, 0
+        self.store, self.ended, self.heard, self.after, self.hung = None, False, {}, 0, 0
         self.lock = threading.Lock()
         self.names, self.logs = [f"rank {rank}" for rank in range(self.size)], None
         self.limit, self.screen = lambda phase: 3600.0, sys.stderr  # ticks without a move
@@ -95,11 +95,9 @@ class Heartbeat:
 
     def guard(self):
         """The store's node may neither answer nor break: then no call of `run` comes back."""
-        beats = None
-        while beats != self.beats:
-            beats = self.beats
-            for _ in range(12):  # ticks too
-                time.sleep(TICK)
+        while self.hung < SILENT:  # ticks too
+            time.sleep(TICK)
+            self.hung += 1
         if self.rank == self.local[0]:
             print(f"\n{self.line(self.rank, self.phase, 'torchrun is silent')}", file=self.screen)
         os._exit(1)
@@ -108,7 +106,7 @@ class Heartbeat:
         while not self.ended:
             time.sleep(TICK)
             self.still = 0 if self.moved or self.waits else self.still + 1
-            self.moved, self.beats = False, self.beats + 1
+            self.moved, self.hung, self.beats = False, 0, self.beats + 1
             try:
                 self.tell()
                 failed = self.store.check([self.key("failures")])
