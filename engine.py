@@ -24,9 +24,8 @@ ENVIRONMENT = {
 
 @contextlib.contextmanager
 def subworld(ranks: list[int]):
-    """Inside, torch.distributed shows vLLM the generator ranks only. vLLM makes no default group
-    where there is one: it asks for its size and this rank, and calls new_group, which every rank of
-    the default group must join unless it synchronises locally."""
+    """Inside, torch.distributed shows vLLM the generator ranks only. vLLM takes the default group
+    it finds: its size, its rank, and new groups, which every rank must join unless made locally."""
     size, rank, new_group = dist.get_world_size, dist.get_rank, dist.new_group
     me = ranks.index(rank())
 
@@ -51,8 +50,7 @@ class Engine:
 
     def __init__(self, cfg, world, dtype: torch.dtype):
         """Collective over the generator ranks; the trainers take no part."""
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        os.environ |= ENVIRONMENT | os.environ  # what the user has set stays
         with subworld(world.generator_ranks):
             try:
                 import vllm

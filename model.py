@@ -193,13 +193,10 @@ class Policy(nn.Module):
 
     def forward(self, pack: Pack):
         """Log-probs and entropy (no gradient) of the wanted tokens: (B, T) each, 0 elsewhere."""
-        hidden = self.lm.model(
-            input_ids=pack.tokens,
-            position_ids=pack.positions,
-            attention_mask=pack.tokens.new_zeros(1, 1, 1, 1),  # unused; else positions make one
-            use_cache=False,
-            pack=pack,
-        ).last_hidden_state.flatten(0, 1)
+        # The mask is of no effect, but without one transformers looks at positions.
+        how = {"attention_mask": pack.tokens.new_zeros(1, 1, 1, 1), "use_cache": False}
+        out = self.lm.model(input_ids=pack.tokens, position_ids=pack.positions, pack=pack, **how)
+        hidden = out.last_hidden_state.flatten(0, 1)
         wanted, how = pack.wanted, (self.temperature, self.chunk)
         before, head = hidden.index_select(0, wanted - 1), self.lm.get_output_embeddings().weight
         logprobs, entropy = head_logprobs(before, head, pack.tokens.flatten()[wanted], *how)

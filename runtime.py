@@ -152,8 +152,7 @@ class World:
         self.engines = [generators[i : i + t] for i in range(0, len(generators), t)]
         self.engine = self.rank // t if self.generates else -1
         self.engine_ranks = self.engines[self.engine] if self.generates else []
-        # Who brings rows to `gather`; without engines the first trainer.
-        self.leads = self.rank in ([ranks[0] for ranks in self.engines] or [first])
+        self.leads = self.rank in ([e[0] for e in self.engines] or [first])  # has rows for `gather`
         roles = ["generator"] * first + ["trainer"] * len(trainers)
         HEART.names = [f"rank {r} ({role})" for r, role in enumerate(roles)]
 
