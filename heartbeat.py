@@ -30,9 +30,8 @@ class Heartbeat:
         self.local, self.parent = range(first, first + here), os.getppid()  # ranks of this node
         # Each rank looks at the next of its node, the first also at the next node as a whole.
         after, there = first + (self.rank + 1 - first) % here, (first + here) % self.size
-        self.watched = [[after]] if here > 1 else []
-        if self.rank == first != there:
-            self.watched.append(list(range(there, there + here)))
+        node = [range(there, there + here)] if self.rank == first != there else []
+        self.watched = [[after], *node] if here > 1 else node
         self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self.phase, self.waits, self.moved, self.still, self.beats = "start", False, True, 0, 0
         self.store, self.ended, self.heard, self.after, self.hung = None, False, {}, 0, 0
@@ -154,14 +153,13 @@ class Heartbeat:
         return ""
 
     def fail(self, rank: int, what: str, told: dict | None = None):
-        """End a rank of this node that is at fault, and say so: torchrun then ends the others. This
-        one leaves where it is itself at fault, or lives on without a node."""
-        if told and rank in self.local:
-            with contextlib.suppress(ProcessLookupError, KeyError):  # it has just ended by itself
-                os.killpg(pids_of(self.parent)[rank], signal.SIGKILL)  # each rank is a group
+        """Say which rank is at fault and end it, if it is of this node: torchrun then ends the
+        others. This one leaves where it is itself at fault, or lives on without a node."""
         self.say(self.line(rank, told["phase"] if told else self.phase, what))
         if not told or rank not in self.local:
             self.exit()
+        with contextlib.suppress(ProcessLookupError, KeyError):  # it has just ended by itself
+            os.killpg(pids_of(self.parent)[rank], signal.SIGKILL)  # each rank is a group
 
 
 def connect_store(timeout: datetime.timedelta) -> dist.TCPStore:
