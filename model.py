@@ -234,8 +234,7 @@ def adapt(lm: nn.Module, rank: int, alpha: float, seed: int):
     for module in [m for m in lm.model.layers.modules() if isinstance(m, nn.Linear)]:
         module.__class__, module.scale, w = Adapted, alpha / rank, module.weight
         a = w.new_empty(rank, w.shape[1]).uniform_(-1, 1) / w.shape[1] ** 0.5
-        module.lora_A = nn.Parameter(a)
-        module.lora_B = nn.Parameter(w.new_zeros(w.shape[0], rank))
+        module.lora_A, module.lora_B = nn.Parameter(a), nn.Parameter(w.new_zeros(w.shape[0], rank))
 
 
 def unsupported(config) -> str:

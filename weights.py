@@ -135,7 +135,7 @@ def check(trainer, generator, world):
             raise RuntimeError(f"weights: {bad=} as sent, {untouched=}, {changed=} by reload")
 
 
-def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torch.float32):
+def export(trainer, folder: pathlib.Path, world, dtype: torch.dtype = torch.float32):
     """Write a folder that transformers and vLLM load, by a temporary name: complete or absent.
     Collective: every rank waits for the writer, in a phase that a signal does not cut short."""
     from huggingface_hub import save_torch_state_dict
@@ -148,8 +148,7 @@ def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torc
                 tensors[name] = full.to("cpu", dtype)
         lora = {k: p.detach().full_tensor() for k, p in trained.items() if ".lora_" in k}
         if world.writes:
-            final = pathlib.Path(folder)
-            partial = final.with_name(f"partial-{final.name}")
+            partial = folder.with_name(f"partial-{folder.name}")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             save_torch_state_dict(tensors, partial)  # first: what fails below leaves them there
@@ -162,8 +161,8 @@ def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torc
                 trainer.tokenizer.save_pretrained(partial)
             if lora:
                 save_adapters(lora, trainer.cfg, partial / "adapter")
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
         world.agree(None)
 
 
