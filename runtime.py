@@ -168,7 +168,7 @@ class World:
         self.due = self.saves = False  # a checkpoint by the clock: for the writer, for everyone
         self.write = None  # of a checkpoint, in a thread beside the phases: a Future
         self.buckets = None  # how weights travel: planned by the first sync
-        self.meanwhile = None  # run_until(done): what a generator does while it waits for others
+        self.meanwhile = lambda done: None  # what a generator does until others have arrived
 
     def connect(self):
         """Open the groups, in one order on every rank, before an engine is built. Collective."""
@@ -178,8 +178,7 @@ class World:
             torch.cuda.set_device(self.device)
         backend, who = "nccl" if self.cuda else "gloo", {}
         if self.size == len(HEART.local):  # one node: nobody else listens in
-            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                os.environ.setdefault(name, "lo")
+            os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} | os.environ
         if self.store:  # which outlives a restart, with the addresses of ranks that died
             who = {"store": dist.PrefixStore(HEART.key("torch"), connect_store(LONG))}
             who |= {"rank": self.rank, "world_size": self.size}
@@ -207,8 +206,7 @@ class World:
         """Wait for every rank; a generator goes on with its rows until all are here. Collective."""
         with self.span(f"arrive {name}"):
             work = dist.barrier(group=self.arrivals, async_op=True)
-            if self.meanwhile is not None:
-                self.meanwhile(work.is_completed)
+            self.meanwhile(work.is_completed)
             HEART.waits = True
             work.wait()
 

@@ -31,8 +31,7 @@ def fill(views: list[torch.Tensor], shards: list[torch.Tensor], group):
     first. FSDP2 cuts the first dimension into equal parts, the last ones short or empty: one
     all-gather brings the parts of all tensors, each in the room of a whole one. Collective."""
     if (n := dist.get_world_size(group)) == 1:
-        torch._foreach_copy_(views, shards)
-        return
+        return torch._foreach_copy_(views, shards)
     rooms = [-(-len(v) // n) * math.prod(v.shape[1:]) for v in views]
     mine, parts = (views[0].new_empty(k * sum(rooms)) for k in (1, n))
     own = [part[: s.numel()].view_as(s) for part, s in zip(mine.split(rooms), shards)]
