@@ -1,7 +1,5 @@
-"""vLLM inside a torchrun rank: how it is built among trainers, fed, stepped, and given new weights.
-
-The only file that knows vLLM. What it uses that is not public stands in a function of its own.
-"""
+"""vLLM inside a torchrun rank: built among trainers, fed, stepped, and given new weights. The only
+file that knows vLLM; what it uses that is not public stands in a function of its own."""
 
 import contextlib
 import functools
@@ -26,9 +24,8 @@ ENVIRONMENT = {
 
 @contextlib.contextmanager
 def subworld(ranks: list[int]):
-    """Inside, torch.distributed shows vLLM the generator ranks only. vLLM makes no default group
-    where there is one: it asks for its size and this rank, and calls new_group, which every rank of
-    the default group must join unless it synchronises locally."""
+    """Inside, torch.distributed shows vLLM the generator ranks only. vLLM takes the default group
+    it finds: its size, its rank, and new groups, which every rank must join unless made locally."""
     size, rank, new_group = dist.get_world_size, dist.get_rank, dist.new_group
     me = ranks.index(rank())
 
@@ -53,8 +50,7 @@ class Engine:
 
     def __init__(self, cfg, world, dtype: torch.dtype):
         """Collective over the generator ranks; the trainers take no part."""
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        os.environ |= ENVIRONMENT | os.environ  # what the user has set stays
         with subworld(world.generator_ranks):
             try:
                 import vllm
@@ -135,9 +131,8 @@ class Engine:
         return self.core.model_executor.driver_worker.model_runner.model.named_parameters()
 
     def load(self, tensors: dict[str, torch.Tensor]):
-        """Copy full tensors (Hugging Face names), views of one flat tensor, into the parameters, in
-        place. The first time vLLM's loaders do it, which know what is fused and what is cut; their
-        copies are written down, and made at once from then on."""
+        """Copy full tensors (Hugging Face names), views of one flat tensor, into parameters: the
+        first time by vLLM's loaders, which know what is fused or cut, then by the copies noted."""
         flat, names = next(iter(tensors.values())), tuple(tensors)
         with torch.no_grad():
             if (writes := self.writes.get(names)) and writes.only_copies:
@@ -174,8 +169,7 @@ class Writes(TorchDispatchMode):
 
 
 def keep_bare_logprobs():
-    """vLLM makes lists and ranks of each token's log-prob, which takes longer than to compute it:
-    requests keep the number alone."""
+    """vLLM's lists and ranks of a log-prob take longer than computing it: keep the number alone."""
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
     def update(self, output):
@@ -196,9 +190,8 @@ def keep_linear_weights():
 
 
 def share_no_memory():
-    """Tensor parallelism on a CPU goes through gloo, which vLLM takes where the ranks of a group
-    disagree on its shared memory's name. That is one for all jobs, and what stays fails the
-    next."""
+    """Tensor parallelism on a CPU goes through gloo, which vLLM takes where ranks disagree on the
+    name of their shared memory: that is one for all jobs, and what stays fails the next."""
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
     _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: str(os.getpid()))

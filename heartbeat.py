@@ -1,8 +1,6 @@
 """One thread a rank says where the rank is, and looks at the next: nobody waits for the dead.
-
 torchrun sees a rank that exits, and no other fault. torchelastic's own timers must be switched on
-in torchrun's environment and kill without a word; torchft is for copies of a model.
-"""
+in torchrun's environment and kill without a word; torchft is for copies of a model."""
 
 import contextlib
 import datetime
@@ -32,12 +30,11 @@ class Heartbeat:
         self.local, self.parent = range(first, first + here), os.getppid()  # ranks of this node
         # Each rank looks at the next of its node, the first also at the next node as a whole.
         after, there = first + (self.rank + 1 - first) % here, (first + here) % self.size
-        self.watched = [[after]] if here > 1 else []
-        if self.rank == first != there:
-            self.watched.append(list(range(there, there + here)))
+        node = [range(there, there + here)] if self.rank == first != there else []
+        self.watched = [[after], *node] if here > 1 else node
         self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self.phase, self.waits, self.moved, self.still, self.beats = "start", False, True, 0, 0
-        self.store, self.ended, self.heard, self.after = None, False, {}, 0
+        self.store, self.ended, self.heard, self.after, self.hung = None, False, {}, 0, 0
         self.lock = threading.Lock()
         self.names, self.logs = [f"rank {rank}" for rank in range(self.size)], None
         self.limit, self.screen = lambda phase: 3600.0, sys.stderr  # ticks without a move
@@ -97,11 +94,9 @@ class Heartbeat:
 
     def guard(self):
         """The store's node may neither answer nor break: then no call of `run` comes back."""
-        beats = None
-        while beats != self.beats:
-            beats = self.beats
-            for _ in range(12):  # ticks too
-                time.sleep(TICK)
+        while self.hung < SILENT:  # ticks too
+            time.sleep(TICK)
+            self.hung += 1
         if self.rank == self.local[0]:
             print(f"\n{self.line(self.rank, self.phase, 'torchrun is silent')}", file=self.screen)
         os._exit(1)
@@ -110,7 +105,7 @@ class Heartbeat:
         while not self.ended:
             time.sleep(TICK)
             self.still = 0 if self.moved or self.waits else self.still + 1
-            self.moved, self.beats = False, self.beats + 1
+            self.moved, self.hung, self.beats = False, 0, self.beats + 1
             try:
                 self.tell()
                 failed = self.store.check([self.key("failures")])
@@ -158,14 +153,13 @@ class Heartbeat:
         return ""
 
     def fail(self, rank: int, what: str, told: dict | None = None):
-        """End a rank of this node that is at fault, and say so: torchrun then ends the others. This
-        one leaves where it is itself at fault, or lives on without a node."""
-        if told and rank in self.local:
-            with contextlib.suppress(ProcessLookupError, KeyError):  # it has just ended by itself
-                os.killpg(pids_of(self.parent)[rank], signal.SIGKILL)  # each rank is a group
+        """Say which rank is at fault and end it, if it is of this node: torchrun then ends the
+        others. This one leaves where it is itself at fault, or lives on without a node."""
         self.say(self.line(rank, told["phase"] if told else self.phase, what))
         if not told or rank not in self.local:
             self.exit()
+        with contextlib.suppress(ProcessLookupError, KeyError):  # it has just ended by itself
+            os.killpg(pids_of(self.parent)[rank], signal.SIGKILL)  # each rank is a group
 
 
 def connect_store(timeout: datetime.timedelta) -> dist.TCPStore:

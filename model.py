@@ -1,8 +1,6 @@
-"""The policy: a Hugging Face causal LM under FSDP2. Packed rows in, log-probs out.
-
-Rows lie one behind the other in a single sequence without padding, or side by side where they are
-about even; attention keeps them apart. The head never holds all logits, but some words' at a time.
-"""
+"""The policy: a Hugging Face causal LM under FSDP2. Packed rows in, log-probs out. Rows lie one
+behind the other in one sequence without padding, or side by side where they are about even;
+attention keeps them apart. The head never holds all logits, but some words' at a time."""
 
 import functools
 import pathlib
@@ -72,10 +70,9 @@ def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def packed_attention(module, query, key, value, mask, scaling=None, pack: Pack = None, **kwargs):
-    """Queries (R, H, L, D), keys and values (R, H_kv, L, D) -> (R, L, H, D), causal in each row.
-    CUDA: cuDNN's kernel, the faster one, where rows have one length; else flash attention over the
-    packed layout. CPU: rows are laid out padded for this one operation, because attention over the
-    whole pack would cost P^2; the padding is at the end, where causality hides it."""
+    """Queries (R, H, L, D), keys, values (R, H_kv, L, D) -> (R, L, H, D), causal in each row. CUDA:
+    cuDNN's kernel, the faster, on rows of one length, else flash attention over the pack. CPU: rows
+    padded for this one operation (the pack would cost P^2) at the end, where causality hides it."""
     fast, n = query.is_cuda and query.dtype == torch.bfloat16, len(pack.starts) - 1  # n: rows
     if not pack.even:
         xs = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]  # (P, H, D)
@@ -196,23 +193,17 @@ class Policy(nn.Module):
 
     def forward(self, pack: Pack):
         """Log-probs and entropy (no gradient) of the wanted tokens: (B, T) each, 0 elsewhere."""
-        hidden = self.lm.model(
-            input_ids=pack.tokens,
-            position_ids=pack.positions,
-            attention_mask=pack.tokens.new_zeros(1, 1, 1, 1),  # see `unsupported`
-            use_cache=False,
-            pack=pack,
-        ).last_hidden_state.flatten(0, 1)
+        # The mask is of no effect, but without one transformers looks at positions.
+        how = {"attention_mask": pack.tokens.new_zeros(1, 1, 1, 1), "use_cache": False}
+        out = self.lm.model(input_ids=pack.tokens, position_ids=pack.positions, pack=pack, **how)
+        hidden = out.last_hidden_state.flatten(0, 1)
         wanted, how = pack.wanted, (self.temperature, self.chunk)
         before, head = hidden.index_select(0, wanted - 1), self.lm.get_output_embeddings().weight
         logprobs, entropy = head_logprobs(before, head, pack.tokens.flatten()[wanted], *how)
         at, size = pack.slot[wanted], (len(pack.starts) - 1) * pack.longest
-
-        def table(values):
-            out = values.new_zeros(size).index_copy(0, at, values).view(-1, pack.longest)
-            return out[: pack.shape[0], : pack.shape[1]]
-
-        return table(logprobs), table(entropy.detach())
+        laid = (x.new_zeros(size).index_copy(0, at, x) for x in (logprobs, entropy.detach()))
+        b, t = pack.shape
+        return tuple(x.view(-1, pack.longest)[:b, :t] for x in laid)
 
 
 def check_config(path: str) -> AutoConfig:
@@ -222,8 +213,7 @@ def check_config(path: str) -> AutoConfig:
     except (OSError, ValueError) as error:
         why = f"no model there ({str(error).splitlines()[0]})"
         if "trust_remote_code" in str(error):
-            why = "it brings Python code of its own, which would run as you (trust_remote_code); "
-            why += "that is off, without a switch"
+            why = "brings Python code of its own, which would run as you (trust_remote_code is off)"
         raise UserError(f"model={path}: {why}") from None
     if why := unsupported(config):
         raise UserError(f"model={path}: {why}")
@@ -231,8 +221,7 @@ def check_config(path: str) -> AutoConfig:
 
 
 class Adapted(nn.Linear):
-    """W x + (alpha / rank) B A x: W stays as it was, A and B are trained (LoRA, arXiv 2106.09685,
-    section 4.1). B is zero at first."""
+    """W x + (alpha / rank) B A x: A, and B from 0, are trained (LoRA, arXiv 2106.09685, 4.1)."""
 
     def forward(self, x):
         return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
@@ -244,10 +233,8 @@ def adapt(lm: nn.Module, rank: int, alpha: float, seed: int):
     lm.requires_grad_(False)
     for module in [m for m in lm.model.layers.modules() if isinstance(m, nn.Linear)]:
         module.__class__, module.scale, w = Adapted, alpha / rank, module.weight
-        module.lora_A = nn.Parameter(
-            w.new_empty(rank, w.shape[1]).uniform_(-1, 1) / w.shape[1] ** 0.5
-        )
-        module.lora_B = nn.Parameter(w.new_zeros(w.shape[0], rank))
+        a = w.new_empty(rank, w.shape[1]).uniform_(-1, 1) / w.shape[1] ** 0.5
+        module.lora_A, module.lora_B = nn.Parameter(a), nn.Parameter(w.new_zeros(w.shape[0], rank))
 
 
 def unsupported(config) -> str:
@@ -272,10 +259,8 @@ def unsupported(config) -> str:
         return f"{name} is not built like Llama, with lm.model.layers and a head without bias"
     lm.model.layers = lm.model.layers[:1]
     two = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    mask = two.expand(1, 1, 2, 2)  # of no effect, but without one transformers looks at positions
-    pack = Pack(two, two, two[0].int(), two[0], two[0], 2, False, (1, 2))
     try:
-        lm.model(input_ids=two, position_ids=two, attention_mask=mask, use_cache=False, pack=pack)
+        Policy(lm, 1.0, 0)(Pack(two, two, two[0].int(), two[0], two[0], 2, False, (1, 2)))
     except (AttributeError, TypeError, RuntimeError):  # the last one: rope that asks for lengths
         return f"{name}'s layers or positions do not take packed rows"
     return ""
@@ -288,9 +273,8 @@ def has_weights(path: str) -> bool:
 
 
 def build_policy(cfg, world, frozen: str | None = None, head=None) -> nn.Module:
-    """Load (or initialise) the model, shard it over the trainers: a Policy, or what `head` makes of
-    it. With `frozen` that model, in the compute type and without a gradient: a reference or a
-    teacher. Collective over the trainers."""
+    """The model, loaded or initialised, sharded over the trainers: a Policy or what `head` makes of
+    it. `frozen`: that one, in the compute type, with no gradient (a reference). Collective."""
     master = torch.float64 if cfg.dtype == "float64" else torch.float32
     auto = "bfloat16" if world.cuda else "float32"
     compute = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
@@ -307,8 +291,7 @@ def build_policy(cfg, world, frozen: str | None = None, head=None) -> nn.Module:
     # One dimension, over which FSDP2 shards; with replicas two: HSDP copies over the first.
     names, ranks = ("copies", "shards")[-len(world.mesh) :], torch.tensor(world.shards).squeeze(0)
     mesh = DeviceMesh.from_group(world.mesh, world.device.type, ranks, mesh_dim_names=names)
-    cast = None if frozen or compute == master else compute
-    types = MixedPrecisionPolicy(cast, reduce_dtype=master, cast_forward_inputs=False)
+    types = MixedPrecisionPolicy(compute, reduce_dtype=master, cast_forward_inputs=False)
     shard, alone = {"mesh": mesh, "mp_policy": types}, world.num_trainers == 1
     if frozen and cfg.offload_frozen and world.cuda:
         shard["offload_policy"] = CPUOffloadPolicy()

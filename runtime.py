@@ -1,8 +1,6 @@
-"""From the shell to the loop: settings, ranks and their groups, clocks, signals.
-
-The only file that reads a rank. The others ask the `World` questions with names (`world.trains`,
-`world.writes`), and nothing here knows what a model is.
-"""
+"""From the shell to the loop: settings, ranks and their groups, clocks, signals. The only file that
+reads a rank: the others ask the `World` questions with names (`world.trains`, `world.writes`), and
+nothing here knows what a model is."""
 
 import contextlib
 import dataclasses
@@ -141,11 +139,9 @@ class World:
         self.generator_ranks, self.generates = generators, self.rank in generators
         # An engine is a block of ranks that step together; only its first rank speaks for it.
         self.engines = [generators[i : i + t] for i in range(0, len(generators), t)]
-        self.engine_ranks = next((e for e in self.engines if self.rank in e), [])
-        self.engine = self.engines.index(self.engine_ranks) if self.engine_ranks else -1
-        # Who brings rows to `gather`; without engines the first trainer.
-        alone = self.writes and num_generators is None
-        self.leads = self.rank == self.engine_ranks[0] if self.engine_ranks else alone
+        self.engine = self.rank // t if self.generates else -1
+        self.engine_ranks = self.engines[self.engine] if self.generates else []
+        self.leads = self.rank in ([e[0] for e in self.engines] or [first])  # has rows for `gather`
         roles = ["generator"] * first + ["trainer"] * len(trainers)
         HEART.names = [f"rank {r} ({role})" for r, role in enumerate(roles)]
 
@@ -161,7 +157,7 @@ class World:
         self.due = self.saves = False  # a checkpoint by the clock: for the writer, for everyone
         self.write = None  # of a checkpoint, in a thread beside the phases: a Future
         self.buckets = None  # how weights travel: planned by the first sync
-        self.meanwhile = None  # run_until(done): what a generator does while it waits for others
+        self.meanwhile = lambda done: None  # what a generator does until others have arrived
 
     def connect(self):
         """Open the groups, in one order on every rank, before an engine is built. Collective."""
@@ -169,46 +165,37 @@ class World:
             if self.colocated:  # freed memory goes back page by page: a waking engine needs it
                 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
             torch.cuda.set_device(self.device)
-        device_backend, who = "nccl" if self.cuda else "gloo", {}
+        backend, who = "nccl" if self.cuda else "gloo", {}
         if self.size == len(HEART.local):  # one node: nobody else listens in
-            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                os.environ.setdefault(name, "lo")
+            os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} | os.environ
         if self.store:  # which outlives a restart, with the addresses of ranks that died
             who = {"store": dist.PrefixStore(HEART.key("torch"), connect_store(LONG))}
             who |= {"rank": self.rank, "world_size": self.size}
         # No device_id: an eagerly bound NCCL splits communicators, which takes every rank.
-        backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
-        dist.init_process_group(backend, timeout=LONG, **who)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", timeout=LONG, **who)
         self.store = self.store or dist.distributed_c10d._get_default_store()
 
-        def group(name, ranks, backend):
-            return dist.new_group(ranks, backend=backend, timeout=LONG, group_desc=name)
+        def group(name, kind, *blocks):  # this rank's; every rank makes those of all blocks
+            made = [dist.new_group(ranks, LONG, kind, group_desc=name) for ranks in blocks]
+            return next((g for g in made if g is not dist.GroupMember.NON_GROUP_MEMBER), None)
 
-        def own(name, blocks, backend):  # a group for each block; every rank makes them all
-            made = {tuple(ranks): group(name, ranks, backend) for ranks in blocks}
-            return next((made[ranks] for ranks in made if self.rank in ranks), None)
-
-        everyone = list(range(self.size))
-        self.control = group("control", everyone, "gloo")  # tables, headers, objects
-        self.arrivals = group("arrivals", everyone, "gloo")  # non-blocking barriers, nothing else
-        self.trainers = group("trainers", self.trainer_ranks, device_backend)
-        self.savers = group("savers", self.trainer_ranks, "gloo")  # checkpoints, beside training
+        everyone, weights = range(self.size), {*self.generator_ranks, self.first_trainer}
+        self.control = group("control", "gloo", everyone)  # tables, headers, objects
+        self.arrivals = group("arrivals", "gloo", everyone)  # non-blocking barriers, nothing else
+        self.trainers = group("trainers", backend, self.trainer_ranks)
+        self.savers = group("savers", "gloo", self.trainer_ranks)  # checkpoints, beside training
         self.mesh = [self.trainers]  # FSDP's group; with copies of the model HSDP's two
         if len(self.shards) > 1:
-            same_shard = [list(ranks) for ranks in zip(*self.shards)]
-            self.mesh = [own("mesh", b, device_backend) for b in (same_shard, self.shards)]
-        weights = sorted({*self.generator_ranks, self.first_trainer})
-        apart = bool(self.generator_ranks) and not self.colocated
-        self.carries_weights = apart and self.rank in weights
-        self.weights = group("weights", weights, device_backend)
-        self.engine_group = own("engine", self.engines, "gloo")
+            self.mesh = [group("mesh", backend, *b) for b in (zip(*self.shards), self.shards)]
+        self.weights = group("weights", backend, weights)
+        self.carries_weights = self.rank in weights and not self.colocated
+        self.engine_group = group("engine", "gloo", *self.engines)
 
     def arrive(self, name: str):
         """Wait for every rank; a generator goes on with its rows until all are here. Collective."""
         with self.span(f"arrive {name}"):
             work = dist.barrier(group=self.arrivals, async_op=True)
-            if self.meanwhile is not None:
-                self.meanwhile(work.is_completed)
+            self.meanwhile(work.is_completed)
             HEART.waits = True
             work.wait()
 
@@ -234,8 +221,7 @@ class World:
         return False
 
     def lap(self, name: str | None = None):
-        """The time since the last lap or border of a phase was spent on `name`, else on the phase:
-        each second stands once in `clock`."""
+        """What passed since the last lap or border of a phase is `name`'s, else the phase's."""
         now, name = time.monotonic() + self.since_epoch, name or HEART.phase
         self.clock[name] = self.clock.get(name, 0.0) + now - self.border
         report.note_engine(self.spans, name, self.border, now)
@@ -254,16 +240,14 @@ class World:
 
     def close(self):
         """Leave together, so that nobody's group dies under another's last message."""
-        if dist.is_initialized():
-            dist.barrier(group=self.control)
-            dist.destroy_process_group()
+        dist.barrier(group=self.control)
+        dist.destroy_process_group()
 
 
 def watch(world: World, run: Run):
-    """SIGTERM and Ctrl-C set `world.stopping`: the loop ends between two steps, with a checkpoint.
-    If it has not ended after `stop_seconds` (a long step, or its peer is gone), this thread ends
-    the process; what is being written is awaited. torchrun has a limit of its own:
-    TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30 seconds. The heartbeat learns what phases may last."""
+    """SIGTERM and Ctrl-C set `world.stopping`: the loop ends between two steps, with a checkpoint;
+    or, after `stop_seconds` (a long step, a peer that is gone), this thread ends the process when
+    nothing is being written. torchrun's own limit: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30 seconds."""
 
     def stop():
         world.stopping, end = True, time.monotonic() + run.cfg.stop_seconds
@@ -282,9 +266,8 @@ def watch(world: World, run: Run):
 
 
 def launch(main, config_class, check):
-    """Everything around `main(cfg, world, run)`: settings, ranks, logs, and how it ends.
-    `check(cfg, world)` raises UserError for settings that cannot work together. It runs before
-    anything is loaded."""
+    """Everything around `main(cfg, world, run)`: settings, ranks, logs, and how it ends. Before
+    anything is loaded `check(cfg, world)` raises UserError for settings that do not go together."""
     world = run = None
     try:
         cfg = settings(config_class, sys.argv[1:])
@@ -323,7 +306,6 @@ def say_what_failed(error: BaseException, world: World, run: Run | None):
         time.sleep(0.1)
         dead = HEART.dead()
     if run:  # not for ever: a sink's network may be what is down
-        says = not world.has_failed()
-        ending = threading.Thread(target=run.finish, args=(says,), daemon=True)
+        ending = threading.Thread(target=run.finish, args=(not world.has_failed(),), daemon=True)
         ending.start(), ending.join(10)
     HEART.say(dead or line)

@@ -137,24 +137,16 @@ class Trainer:
         return {"eval_loss": sum(sums) / sum(counts), **each}
 
     def reduce(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-        """This rank's sums -> means per sampled token over all trainers; `_max`, `_min`: extremes;
-        `_sum`, `_histogram`: sums; `x_std`, given the sum of x^2: the standard deviation of `x`."""
-        sums = {k: -v if k[-4:] == "_min" else v for k, v in sorted(sums.items())}  # ranks agree
-        values = torch.cat([v.flatten() for v in sums.values()]).to(self.world.device)
-        total, top = values.clone(), values.clone()
+        """Sums of this rank -> means per sampled token, or extremes (`_max`, `_min`), of all ranks."""
+        sign = {k: -1 if k.endswith("_min") else 1 for k in sorted(sums)}  # ranks agree
+        total = torch.stack([sums[k] * sign[k] for k in sign]).to(self.world.device)
+        top = total.clone()
         dist.all_reduce(total, group=self.world.trainers)
         dist.all_reduce(top, dist.ReduceOp.MAX, group=self.world.trainers)
-        sizes = [v.numel() for v in sums.values()]
-        out = {}
-        for name, sum_, max_ in zip(sums, total.cpu().split(sizes), top.cpu().split(sizes)):
-            value = max_ if name.endswith("_max") else -max_ if name.endswith("_min") else sum_
-            out[name] = value.tolist() if name.endswith("_histogram") else value.item()
-        tokens = max(out["tokens"], 1.0)
-        whole = ("tokens", "_max", "_min", "_sum", "_histogram")
-        out = {k: v if k.endswith(whole) else v / tokens for k, v in out.items()}
-        for name in (k for k in out if k.endswith("_std")):
-            out[name] = max(out[name] - out[name.removesuffix("_std")] ** 2, 0.0) ** 0.5
-        return out
+        total, top = (dict(zip(sign, values.tolist())) for values in (total, top))
+        ends, tokens = ("_max", "_min"), max(total["tokens"], 1.0)
+        out = {k: top[k] * sign[k] if k.endswith(ends) else total[k] / tokens for k in sign}
+        return {**out, "tokens": total["tokens"]}
 
     def update(self) -> float | None:
         """Clip to `max_grad_norm` and step. Returns the norm before the clip; None if it is not

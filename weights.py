@@ -1,6 +1,5 @@
 """Weights leave the trainers as one stream of (name, full tensor), into one of two sinks: the
-generators (`sync`) and a Hugging Face folder (`export`).
-"""
+generators (`sync`) and a Hugging Face folder (`export`)."""
 
 import json
 import math
@@ -20,13 +19,11 @@ def parameters(trainer):
 
 def shard(trainer, name: str, p) -> torch.Tensor:
     """This trainer's rows of a parameter, LoRA merged: B is cut as W is. Collective with LoRA."""
-    if not getattr(trainer.cfg, "lora_rank", 0) or not name.endswith(".weight"):
+    adapter = f"lm.{name.removesuffix('weight')}lora_"
+    if f"{adapter}A" not in trainer.trained:
         return p.to_local()
-    layer = trainer.policy.lm.get_submodule(name.removesuffix(".weight"))
-    if not hasattr(layer, "lora_A"):
-        return p.to_local()
-    a, b = layer.lora_A.full_tensor(), layer.lora_B.to_local()
-    return torch.addmm(p.to_local(), b, a, alpha=layer.scale)
+    a, b = trainer.trained[f"{adapter}A"].full_tensor(), trainer.trained[f"{adapter}B"].to_local()
+    return torch.addmm(p.to_local(), b, a, alpha=trainer.cfg.lora_alpha / trainer.cfg.lora_rank)
 
 
 def fill(views: list[torch.Tensor], shards: list[torch.Tensor], group):
@@ -34,18 +31,14 @@ def fill(views: list[torch.Tensor], shards: list[torch.Tensor], group):
     first. FSDP2 cuts the first dimension into equal parts, the last ones short or empty: one
     all-gather brings the parts of all tensors, each in the room of a whole one. Collective."""
     if (n := dist.get_world_size(group)) == 1:
-        torch._foreach_copy_(views, shards)
-        return
+        return torch._foreach_copy_(views, shards)
     rooms = [-(-len(v) // n) * math.prod(v.shape[1:]) for v in views]
     mine, parts = (views[0].new_empty(k * sum(rooms)) for k in (1, n))
     own = [part[: s.numel()].view_as(s) for part, s in zip(mine.split(rooms), shards)]
     torch._foreach_copy_(own, shards)
     dist.all_gather_into_tensor(parts, mine, group=group)
-    parts = parts.view(n, -1).split(rooms, dim=1)
-    parts = [
-        p if p.numel() == v.numel() else p.flatten()[: len(v.flatten())]
-        for v, p in zip(views, parts)
-    ]
+    pairs = zip(views, parts.view(n, -1).split(rooms, dim=1))
+    parts = [p if p.numel() == v.numel() else p.flatten()[: v.numel()] for v, p in pairs]
     torch._foreach_copy_([v.view(p.shape) for v, p in zip(views, parts)], parts)
 
 
@@ -70,9 +63,8 @@ def plan_buckets(trainer, limit: int) -> list[dict[str, tuple[int, ...]]]:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """Sum of the bit patterns, as integers."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.contiguous().view(bits).long().sum())
+    """Sum of the bit patterns, as integers of 16 bits."""
+    return int(tensor.contiguous().flatten().view(torch.int16).sum())
 
 
 @torch.no_grad()  # DTensor is quick then, and there are hundreds of parameters
@@ -90,8 +82,7 @@ def buckets_through(trainer, world, dtype):
             own = [shard(trainer, name, mine[name]) for name in bucket]
             fill(list(views.values()), own, world.mesh[-1])
         if world.carries_weights and bucket:
-            how = {"src": world.first_trainer, "group": world.weights, "async_op": True}
-            work = dist.broadcast(flat, **how)
+            work = dist.broadcast(flat, world.first_trainer, world.weights, async_op=True)
         coming.append((views, work))
         if k:
             views, work = coming.pop(0)
@@ -102,9 +93,8 @@ def buckets_through(trainer, world, dtype):
 
 def sync(trainer, generator, world):
     """Trainers' weights -> every engine, between two engine steps; version + 1. Collective. Flat
-    buckets, one broadcast each, from the first trainer to all generator ranks, are copied in place
-    as vLLM's own loaders do (fused and tensor-parallel layers included), so captured graphs stay
-    valid. Colocated ranks keep what their own all-gather gave."""
+    buckets, one broadcast each from the first trainer, are copied in place, fused and cut layers
+    too, so captured graphs stay valid. Colocated ranks keep what their own all-gather gave."""
     with world.span("evaluate"):
         generator.finish_evaluation()
     world.arrive("sync")
@@ -141,30 +131,23 @@ def check(trainer, generator, world):
         untouched = [name for name, p in own.items() if bool(p.isnan().any())]
         changed = [name for name, p in own.items() if checksum(p) != before[name]]
         if bad or untouched or changed:
-            found = f"{bad=} on the wire, {untouched=} by it, {changed=} by reload"
-            raise RuntimeError(f"weights after sync: {found}")
+            raise RuntimeError(f"weights: {bad=} as sent, {untouched=}, {changed=} by reload")
 
 
-def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torch.float32):
+def export(trainer, folder: pathlib.Path, world, dtype: torch.dtype = torch.float32):
     """Write a folder that transformers and vLLM load, by a temporary name: complete or absent.
     Collective: every rank waits for the writer, in a phase that a signal does not cut short."""
     from huggingface_hub import save_torch_state_dict
 
     with world.span("export"):
         trainer.saved()  # a checkpoint that is being written
-        tensors = {}
+        tensors, trained = {}, trainer.trained if world.trains else {}
         for name, full in stream(trainer) if world.trains else ():
             if world.writes:
-                # A copy: of uneven shards the full tensor is a view of something larger.
-                tensors[name] = torch.empty(full.shape, dtype=dtype).copy_(full)
-        lora = {}  # under PEFT's names
-        for name, p in trainer.trained.items() if world.trains else ():
-            if ".lora_" in name:
-                name = name.replace("lm.", "base_model.model.", 1) + ".weight"
-                lora[name] = p.detach().full_tensor()
+                tensors[name] = full.to("cpu", dtype)
+        lora = {k: p.detach().full_tensor() for k, p in trained.items() if ".lora_" in k}
         if world.writes:
-            final = pathlib.Path(folder)
-            partial = final.with_name(f"partial-{final.name}")
+            partial = folder.with_name(f"partial-{folder.name}")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             save_torch_state_dict(tensors, partial)  # first: what fails below leaves them there
@@ -177,18 +160,17 @@ def export(trainer, folder: str | pathlib.Path, world, dtype: torch.dtype = torc
                 trainer.tokenizer.save_pretrained(partial)
             if lora:
                 save_adapters(lora, trainer.cfg, partial / "adapter")
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
         world.agree(None)
 
 
-def save_adapters(tensors: dict[str, torch.Tensor], cfg, folder: pathlib.Path):
-    """In PEFT's format."""
+def save_adapters(lora: dict[str, torch.Tensor], cfg, folder: pathlib.Path):
+    """In PEFT's format, under its names."""
     about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model}
-    targets = sorted({name.split(".")[-3] for name in tensors})
+    targets = sorted({name.split(".")[-2] for name in lora})
     about |= {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": targets}
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
-    save_file(
-        {k: v.cpu().contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors"
-    )
+    tensors = {f"base_model.model.{k.removeprefix('lm.')}.weight": v for k, v in lora.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
