@@ -1,8 +1,6 @@
 """Data for SFT: examples of several forms -> rows of tokens with a mask of those to be trained.
-
 The first trainer alone reads. `datasets` tokenises a source once, in processes, and keeps what it
-made; a stream is tokenised as it comes. What batch s holds follows from settings, seed and s alone.
-"""
+made; a stream is tokenised as it comes. What a batch holds follows from settings and its number."""
 
 import itertools
 import math
@@ -124,8 +122,7 @@ class Examples:
         yield batch
 
     def batch(self, step: int) -> Rollouts:
-        """The table of a step; `gather` deals it out. Steps come one by one: what was trained
-        before a resume is passed over."""
+        """The table of a step, for `gather`. What was trained before a resume is passed over."""
         rows = next(rows for number, rows in self.coming if number == step)
         return to_table(rows, step, self.cfg.max_tokens)
 

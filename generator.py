@@ -1,9 +1,7 @@
 """The generator: rows from their first token to their reward, in an engine that never drains.
-
 Rows are admitted, go on turn after turn without waiting for each other, and keep running while new
 weights land between two engine steps. Token ids go in and come out; text is made for the task
-alone, and never tokenised again.
-"""
+alone, and never tokenised again."""
 
 import contextlib
 import time
@@ -66,8 +64,7 @@ class Generator:
 
     def new_version(self):
         """New weights are in. Running rows go on: remember which tokens are the old version's. Rows
-        that wait for their first token start again, so that no cache of the old weights is under a
-        row that is all of the new version."""
+        without a token start again: no cache of old weights is under a row that is all new."""
         self.version, self.loaded = self.version + 1, True
         if not self.world.generates:
             return
@@ -145,9 +142,8 @@ class Generator:
 
     def admit(self):
         """Take slots while this engine has a free place, and fewer rows than its share of a batch:
-        whoever is quick takes more, so that engines finish together. Batch b is open once the
-        weights have version b - max_policy_age, so that no token is older than that when it is
-        trained."""
+        who is quick takes more, so that engines finish together. Batch b is open once the weights
+        have version b - max_policy_age, so that no token is older when it is trained."""
         share = self.cfg.prompts_per_step * self.cfg.group_size / len(self.world.engines)
         end = min(self.cfg.steps, self.version + self.cfg.max_policy_age + 1)
         while self.loaded and self.batch < end:
@@ -296,8 +292,7 @@ class Generator:
 
     def collect(self, step: int) -> Rollouts:
         """Run until batch `step` is complete, rewards included; later batches stay in the engine.
-        Returns this engine's rows of the batch (whole groups), sorted. No rows on a rank without an
-        engine, or once the run was told to stop."""
+        Returns this engine's rows of the batch (whole groups), sorted; none without an engine."""
         names = [reward_name(f) for f in self.task.rewards]
         if not self.world.generates:
             return from_rows([], names)

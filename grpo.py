@@ -2,8 +2,7 @@
 
 torchrun --nproc_per_node=3 grpo.py                     # the embedded default: CPU, 90 s
 torchrun --nproc_per_node=3 grpo.py --max_policy_age=1  # engines sample ahead meanwhile
-torchrun --nproc_per_node=1 grpo.py                     # one rank does both
-"""
+torchrun --nproc_per_node=1 grpo.py                     # one rank does both"""
 
 import heartbeat
 
@@ -151,8 +150,7 @@ def check(cfg: Config, world):
 
 
 def find_loss(cfg: Config):
-    """The loss, of losses.LOSSES or the user's file. Puts its own values where the settings say
-    auto (for the clip: -1)."""
+    """The loss, of losses.LOSSES or a file. Puts its own values where settings say auto or -1."""
     if cfg.loss not in losses.LOSSES and ".py:" not in cfg.loss:
         known = ", ".join(losses.LOSSES)
         raise UserError(f"loss={cfg.loss}: known are {known}, or my_file.py:my_loss")

@@ -1,10 +1,8 @@
 """Advantages, policy losses and their divisors: pure functions of tensors. No model, no rank.
-
 A loss is `loss(logprobs (B, T), rows, cfg) -> (sum, {name: sum})`. It returns sums over the tokens
 it was given; the trainer divides once, by `divisor` of the whole mini-batch. So no split into
 micro-batches or ranks changes the gradient. What a token counts in the sum is its row's `share`:
-`shares` and `divisor` together are the aggregation.
-"""
+`shares` and `divisor` together are the aggregation."""
 
 import math
 
@@ -159,8 +157,7 @@ def sapo(logprobs, rows, cfg):
 
 
 def reinforce(logprobs, rows, cfg):
-    """-sg(ratio) A log pi: REINFORCE (Williams 1992) with an importance weight and no clip. Its
-    gradient is that of the surrogate -ratio A."""
+    """-sg(ratio) A log pi: REINFORCE (Williams 1992), weighted, unclipped; gradient of -ratio A."""
     ratio = log_ratio(logprobs, rows, cfg).exp().detach()
     return total(-ratio * rows.advantage * logprobs, logprobs, rows, cfg), {}
 
@@ -183,9 +180,8 @@ OWN = {
 def kl(logprobs: torch.Tensor, other: torch.Tensor, kind: str = "k3") -> torch.Tensor:
     """(B, T) estimates of KL(pi || other) from tokens that pi sampled (Schulman, "Approximating KL
     divergence", 2020), with d = log other - log pi. Tokens of an older policy are not reweighted.
-    k1 = -d: unbiased, but as a loss its gradient is 0 on average. k2 = d^2 / 2: biased, but its
-    gradient is the KL's. k3 = exp(d) - 1 - d: unbiased, never negative; its gradient is the KL's to
-    first order."""
+    k1 = -d: unbiased, but as a loss of gradient 0 on average. k2 = d^2 / 2: biased, its gradient the
+    KL's. k3 = exp(d) - 1 - d: unbiased, never negative, its gradient the KL's to first order."""
     d = (other - logprobs).clamp(-20, 20)
     return {"k1": -d, "k2": d * d / 2, "k3": d.expm1() - d}[kind]
 

@@ -1,8 +1,6 @@
 """The table that travels, `gather` (generators -> trainers), and the packing plan.
-
 Legend, for every file: N rows of the table, B rows of a micro-batch, T tokens, V vocabulary.
-A column (N, T) is about the token *in* that column: logprobs[n, t] = log p(tokens[n, t] | before).
-"""
+A column (N, T) is of the token *in* that column: logprobs[n, t] = log p(tokens[n, t] | before)."""
 
 import hashlib
 import heapq
@@ -171,8 +169,7 @@ def from_rows(rows: list[Row], reward_names: list[str], discount: float = 1.0) -
 def pack(lengths: list[int], num_trainers: int, budget: int) -> list[list[list[int]]]:
     """Row lengths -> plan[trainer][micro-batch] = row numbers. Balanced; equally many for each.
     Longest row first into the emptiest bin (LPT). A bin holds at most `budget` tokens; a longer row
-    has a bin alone. Every rank computes the same plan from the same lengths: nothing is agreed
-    on."""
+    has one alone. Every rank computes the same plan from the same lengths: nothing is agreed."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     least = math.ceil(sum(min(n, budget) for n in lengths) / (budget * num_trainers))
     for per_trainer in itertools.count(max(1, least)):
@@ -281,9 +278,8 @@ def tell(mine: Rollouts, world) -> str:
 
 
 def plan_batch(table: Rollouts, num_trainers: int, budget: int, minibatches: int) -> list:
-    """plan[trainer][mini-batch][micro-batch] = row numbers, from the small columns. Writes the
-    column `minibatch`: whole groups, in the order of their slots. Rows of weight 0 are not
-    trained."""
+    """plan[trainer][mini-batch][micro-batch] = row numbers, from the small columns. Writes
+    `minibatch`: whole groups, in the order of their slots. Rows of weight 0 are not trained."""
     groups, group = torch.unique(table.index, return_inverse=True)
     table.minibatch = group * minibatches // max(len(groups), 1)  # (N,)
     plan = [[] for _ in range(num_trainers)]

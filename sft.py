@@ -1,8 +1,7 @@
 """SFT: make the given replies likelier. `diff sft.py grpo.py` is the lesson of what RL adds.
 
 torchrun --nproc_per_node=2 sft.py            # makes grpo.py's default model from nothing
-torchrun --nproc_per_node=8 sft.py --model=Qwen/Qwen3-0.6B --data=chat.jsonl --epochs=3
-"""
+torchrun --nproc_per_node=8 sft.py --model=Qwen/Qwen3-0.6B --data=chat.jsonl --epochs=3"""
 
 import heartbeat
 

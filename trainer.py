@@ -79,10 +79,9 @@ class Trainer:
 
     def step(self, rollouts: Rollouts, loss_fn, divisor=None) -> dict[str, float]:
         """The optimizer steps of a gathered batch: one for each of its mini-batches, times
-        `epochs_per_batch`. Returns metrics, equal on every trainer. `loss_fn(logprobs, rows, cfg)`
-        returns sums; `divisor(table, cfg)` is the number they are divided by, from the small
-        columns of the whole mini-batch (default: its sampled tokens). Metrics take the same road
-        and are means per sampled token."""
+        `epochs_per_batch`. `loss_fn(logprobs, rows, cfg)` returns sums; `divisor(table, cfg)` is
+        what they are divided by, from the small columns of the whole mini-batch (default: its
+        sampled tokens). Returns metrics, equal on every trainer: means per sampled token."""
         if not self.world.trains:
             return {}
         with self.world.span("train"):
@@ -137,7 +136,7 @@ class Trainer:
         return {"eval_loss": sum(sums) / sum(counts), **each}
 
     def reduce(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Sums of this rank -> means per sampled token, or extremes (`_max`, `_min`), of all ranks."""
+        """Sums of this rank -> means per sampled token of all ranks; of `_max`, `_min` the extremes."""
         sign = {k: -1 if k.endswith("_min") else 1 for k in sorted(sums)}  # ranks agree
         total = torch.stack([sums[k] * sign[k] for k in sign]).to(self.world.device)
         top = total.clone()

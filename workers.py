@@ -1,9 +1,7 @@
 """Where the user's code runs: environments and rewards, with a time limit for each call.
-
 Plain functions run in processes, which can be ended and hold up no engine. They are forked before
 the engine is built, so a task needs no pickling: what travels is an Episode. A task with `async`
-functions is awaited in one thread, where thousands of episodes wait for their tools at once.
-"""
+functions is awaited in one thread, where thousands of episodes wait for their tools at once."""
 
 import asyncio
 import concurrent.futures
