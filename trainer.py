@@ -133,7 +133,7 @@ class Trainer:
         return float(total) / sampled_tokens(rollouts.all)
 
     def reduce(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Sums of this rank -> means per sampled token, or extremes (`_max`, `_min`), of all ranks."""
+        """Sums of a rank -> means per sampled token of all trainers; `_max`, `_min`: extremes."""
         sign = {k: -1 if k.endswith("_min") else 1 for k in sorted(sums)}  # ranks agree
         total = torch.stack([sums[k] * sign[k] for k in sign]).to(self.world.device)
         top = total.clone()
