@@ -180,8 +180,8 @@ OWN = {
 def kl(logprobs: torch.Tensor, other: torch.Tensor, kind: str = "k3") -> torch.Tensor:
     """(B, T) estimates of KL(pi || other) from tokens that pi sampled (Schulman, "Approximating KL
     divergence", 2020), with d = log other - log pi. Tokens of an older policy are not reweighted.
-    k1 = -d: unbiased, but as a loss of gradient 0 on average. k2 = d^2 / 2: biased, its gradient the
-    KL's. k3 = exp(d) - 1 - d: unbiased, never negative, its gradient the KL's to first order."""
+    k1 = -d: unbiased, but as a loss of gradient 0 on average. k2 = d^2 / 2: biased, its gradient
+    the KL's. k3 = exp(d) - 1 - d: never negative, unbiased, of the KL's gradient to first order."""
     d = (other - logprobs).clamp(-20, 20)
     return {"k1": -d, "k2": d * d / 2, "k3": d.expm1() - d}[kind]
 

@@ -35,9 +35,8 @@ class Pack:
 
 
 def pack_rows(tokens, length, mask, device: str | torch.device = "cpu") -> Pack:
-    """Tokens (B, T), lengths (B,), wanted tokens (B, T) bool, on the host -> Pack on the device.
-    Rows that are about even all get the same room. On a GPU P is one of few sizes, so that compiled
-    functions see few shapes: what uneven rows lack of it is a row of its own."""
+    """Host tokens (B, T), lengths (B,), wanted tokens (B, T) bool -> Pack on the device. Rows about
+    even get equal room. On a GPU one more row rounds P up: compiled functions see few shapes."""
     (b, t), device, room = tokens.shape, torch.device(device), length.tolist()
     total, wide = sum(room), few_sizes(t) if device.type == "cuda" else t
     if b * wide <= total * 17 / 16:

@@ -1,6 +1,5 @@
 """From the shell to the loop: settings, ranks and their groups, clocks, signals. The only file that
-reads a rank: the others ask the `World` questions with names (`world.trains`, `world.writes`), and
-nothing here knows what a model is."""
+reads a rank: others ask `World` by name (`world.trains`). Nothing here knows what a model is."""
 
 import contextlib
 import dataclasses
@@ -104,9 +103,8 @@ def load_symbol(place: str, what: str):
 
 
 class World:
-    """Who this rank is, which groups it belongs to, and where its time went. Ranks
-    0..num_generators-1 generate (vLLM's tensor parallelism needs them first), the others train.
-    With num_generators=0 every rank does both; with None (sft.py) nobody generates."""
+    """Who this rank is, its groups, its time. Ranks below num_generators generate (first, as vLLM's
+    tensor parallelism needs), others train. With 0 each does both, with None (sft.py) all train."""
 
     def __init__(self, num_generators=None, tensor_parallel_size=1, trainer_replicas=1):
         if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -148,9 +146,8 @@ class World:
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", self.local_rank) if self.cuda else torch.device("cpu")
         self.stopping = False  # a signal came: finish what must not be torn, save, leave
-        # Seconds since the start, each in one phase; since the last gather, (name, start, end).
-        self.clock: dict[str, float] = {}
-        self.spans: list[tuple[str, float, float]] = []
+        self.clock: dict[str, float] = {}  # seconds since the start, each in one phase
+        self.spans: list[tuple[str, float, float]] = []  # since the last gather: name, start, end
         self.since_epoch = time.time() - time.monotonic()  # a clock that is set back moves nothing
         self.store, self.border = HEART.store, time.monotonic() + self.since_epoch
         self.restart = HEART.attempt  # 0 at first, then torchrun's restarts
@@ -201,8 +198,7 @@ class World:
 
     def agree(self, value):
         """The first trainer's value, on every rank. Collective."""
-        box = [value]
-        dist.broadcast_object_list(box, src=self.first_trainer, group=self.control)
+        dist.broadcast_object_list(box := [value], src=self.first_trainer, group=self.control)
         return box[0]
 
     def count(self, name: str) -> int:

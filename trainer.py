@@ -122,8 +122,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, tables: dict[str, Rollouts], loss_fn) -> dict[str, float]:
-        """Mean loss per sampled token: of all rows of gathered tables, each once, and, where there
-        are several, of each table. Collective over trainers."""
+        """Mean loss per sampled token of gathered tables, and of each if several. Collective."""
         sums = torch.zeros(len(tables), device=self.world.device, dtype=torch.float64)
         with self.world.span("evaluate"):
             for i, rollouts in enumerate(tables.values()):
@@ -136,7 +135,7 @@ class Trainer:
         return {"eval_loss": sum(sums) / sum(counts), **each}
 
     def reduce(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Sums of this rank -> means per sampled token of all ranks; of `_max`, `_min` the extremes."""
+        """Sums of a rank -> means per sampled token of all trainers; `_max`, `_min`: extremes."""
         sign = {k: -1 if k.endswith("_min") else 1 for k in sorted(sums)}  # ranks agree
         total = torch.stack([sums[k] * sign[k] for k in sign]).to(self.world.device)
         top = total.clone()

@@ -114,9 +114,8 @@ def sync(trainer, generator, world):
 
 
 def check(trainer, generator, world):
-    """Prove the sync: tensors arrive bit-equal; a load into poisoned memory gives the same bits.
-    The poison (NaN) shows that the stream touches every element of every parameter of the engine;
-    the equal checksums, that loading is a function of the stream alone. Collective."""
+    """Prove the sync: tensors arrive bit-equal, and a load into poisoned memory (NaN) gives the
+    same bits: the stream writes every element of the engine, and alone decides it. Collective."""
     own = dict(generator.engine.parameters()) if world.generates else {}
     before, sums = {name: checksum(p) for name, p in own.items()}, {}
     for p in own.values():

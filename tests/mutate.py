@@ -71,7 +71,7 @@ MUTATIONS = r"""
 +                 values = [m and t != 0 for m, t in zip(row.mask, row.tokens)]
 
 5 pads are not forwarded: model.py
-- torch.arange(longest) < room[:, None]
+- positions < torch.tensor(room)[:, None]
 + tokens != 0
 
 5 EOS is cut off the row: generator.py
