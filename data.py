@@ -18,6 +18,7 @@ class Examples:
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer, self.steps = cfg, tokenizer, cfg.steps
         self.form = cfg.form or f"{pathlib.Path(__file__).parent}/examples/forms.py:encode"
+        load_symbol(self.form, "form")  # what is wrong with it is said now
         self.seen, self.long, self.bad = 0, 0, []  # rows so far; too long ones; why others are bad
         if tokenizer.eos_token_id is None:
             raise UserError(f"model={cfg.model}: its tokenizer has no token that ends a reply")
@@ -35,8 +36,8 @@ class Examples:
         self.coming = enumerate(self.batches(self.table))
 
     def mix(self):
-        """One table of all sources: every row once an epoch or, with weights, rows drawn in these
-        shares until each source was used up. Streams take turns. Also what is held out, by name."""
+        """One table of all sources, every row once an epoch, or drawn by weights until each source
+        was used up; streams take turns. Also what is held out, by name."""
         import datasets  # seconds, which the other ranks need not spend
 
         cfg, tables, weights = self.cfg, [], []
@@ -93,6 +94,9 @@ class Examples:
         text = self.task.demonstration(f"{self.cfg.seed}/{split}/{i}", progress)
         make = load_symbol(self.form, "form")
         made = make({"pieces": [text]}, [i], "", self.tokenizer, "assistant")
+        if (why := made["bad"][0]) or made["length"][0] > self.cfg.max_tokens:
+            what = why or f"{made['length'][0]} tokens, over max_tokens={self.cfg.max_tokens}"
+            raise UserError(f"task={self.cfg.task}: a demonstration has {what}")
         return {name: column[0] for name, column in made.items()}
 
     def rows(self, table):
@@ -128,8 +132,7 @@ class Examples:
 
 
 def encode(rows: dict, numbers, form: str, code: str, **how) -> dict[str, list]:
-    """What `datasets` maps over a source, in its processes: what the form makes of some rows. With
-    `code`, the form's, what an older version of it made is not found again."""
+    """What `datasets` maps over a source. By `code` it knows what an older form made."""
     return load_symbol(form, "form")(rows, numbers, **how)
 
 

@@ -161,11 +161,11 @@ class Writes(TorchDispatchMode):
 
     def again(self, flat: torch.Tensor):
         """The same, out of another flat tensor: all copies at once."""
+        for write in self.constants:  # rows that fill a vocabulary up are set to 0
+            write()
         start = flat.storage_offset()
         parts = [flat.as_strided(size, step, start + at) for _, size, step, at in self.copies]
         torch._foreach_copy_([into for into, *_ in self.copies], parts)
-        for write in self.constants:  # rows that fill a vocabulary up are set to 0
-            write()
 
 
 def keep_bare_logprobs():

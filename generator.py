@@ -95,8 +95,9 @@ class Generator:
                 self.note(f"left out {len(every) - len(kept)} {what}")
             setattr(self.task, split, kept)
         self.eos = eos_tokens(self.cfg.model, self.tokenizer)
-        words = self.tokenizer.get_vocab().items()  # that end in a stop: `)$` is one token, too
-        ends = {t for word, t in words if word.endswith((*self.task.stop,))} | self.eos
+        every = range(len(self.tokenizer) if self.task.stop else 0)  # `)$` is one token, too
+        words = self.tokenizer.batch_decode([[t] for t in every])
+        ends = {t for t, word in zip(every, words) if word.endswith((*self.task.stop,))} | self.eos
         self.stops = sorted(ends | {t for c in self.task.stop for t in self.encode(c)[-1:]})
 
     def encode(self, text: str) -> list[int]:
@@ -117,15 +118,14 @@ class Generator:
         chat = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
         if task.system and chat[0]["role"] != "system":
             chat = [{"role": "system", "content": task.system}, *chat]
-        on = task.thinking in ("yes", "True")  # as YAML has it
+        on = task.thinking.lower() in ("yes", "true", "on", "1")  # as YAML has it
         switch = {} if task.thinking == "auto" else {"enable_thinking": on}
         how = {"tokenize": False, "add_generation_prompt": True, "tools": task.tools or None}
         return self.tokenizer.apply_chat_template([*chat, *more], **how, **switch)
 
     def encode_reply(self, row: Row, reply: str | list[dict]) -> list[int]:
         """The tokens that an answer adds: text as it is; messages, and text after EOS, as what the
-        chat template writes between two messages of the policy. What was sampled stays as it was,
-        also where the template would write it anew in hindsight (Qwen3 drops old thinking)."""
+        template writes between two messages. What was sampled stays (Qwen3 drops old thinking)."""
         closed = row.tokens[-1] in self.eos
         if isinstance(reply, str) and not (closed and self.tokenizer.chat_template):
             return self.encode(reply)
@@ -227,7 +227,10 @@ class Generator:
                     self.completed(row)
                 continue
             if not row.tokens:  # it is from `start`
-                row.append_given(self.encode_prompt(reply))
+                row.append_given(tokens := self.encode_prompt(reply))
+                if not 0 < len(tokens) <= self.cfg.max_prompt_tokens:
+                    why = "no prompt, or one over max_prompt_tokens"
+                    raise UserError(f"start made {why} ({row.name()})")
                 self.submit(row)
                 continue
             tokens = self.encode_reply(row, reply)
@@ -245,15 +248,15 @@ class Generator:
     def completed(self, row: Row):
         """A row of training has its reward. When its group's are all equal, the slot draws another
         prompt, here and for the same batch, up to `max_refills` times (DAPO, arXiv 2503.14476,
-        section 3.2). That is a bias, and the log shows it: batches leave out the prompts that are
-        solved and those that are hopeless, so their reward is not the task's."""
+        3.2). A bias that the log shows: batches leave out what is solved and what is hopeless."""
         group = self.groups.setdefault((row.step, row.slot), [])
         group.append(row)
         if len(group) < self.cfg.group_size:
             return
         del self.groups[row.step, row.slot]
-        rewards = torch.tensor([sum(r.paid) for r in group]).unique()  # float32, as
-        if len(rewards) == 1 and row.attempt < self.cfg.max_refills:  # the table has them
+        rewards = torch.tensor([sum(r.paid) for r in group]).unique()  # float32, as in the table
+        turns = any(any(r.paid[:-1]) for r in group)  # then equal sums may still teach
+        if len(rewards) == 1 and not turns and row.attempt < self.cfg.max_refills:
             self.refills.setdefault(row.step, []).append(float(rewards))
             self.start_group(row.step, row.slot, row.attempt + 1)
         else:

@@ -12,7 +12,7 @@ import torch
 def group_advantages(rollouts, kind: str = "mean_std") -> torch.Tensor:
     """Rewards -> (N, T) advantages: a turn's number stands on each of its sampled tokens. It is the
     turn's return r against those of the group at the same turn, where an episode that is over
-    stands with what its last turn earned; so with one reward an episode a row has one number.
+    stands with what its last turn earned; so with one reward, at discount 1, a row has one number.
     mean: r - mean of its group (Dr.GRPO, arXiv 2503.20783, section 3.2). mean_std: (r - mean) /
     (std + 1e-4), std unbiased (GRPO, arXiv 2402.03300, section 4.1.2). leave_one_out: r - mean of
     the others (RLOO, arXiv 2402.14740). A group of one, and one of equal rewards: exactly 0."""
@@ -137,9 +137,8 @@ def cispo(logprobs, rows, cfg):
 
 def gspo(logprobs, rows, cfg):
     """GRPO's clip on the ratio of the whole reply, s = exp(mean over its tokens of log ratio), in
-    the form with a gradient per token (arXiv 2507.18071, eq. 5, 7 and 13). The clip is narrow. In
-    bf16 the rounding of two programs, some 0.05 a token, passes it on short replies: with
-    --old_policy=trainer the ratio is free of that."""
+    the form with a gradient per token (arXiv 2507.18071, eq. 5, 7 and 13). The clip is narrow: the
+    rounding of two bf16 programs passes it on short replies, but with --old_policy=trainer."""
     tokens = rows.mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
     mean = log_ratio(logprobs, rows, cfg).sum(1, keepdim=True) / tokens
     own = logprobs - logprobs.detach()  # (B, T) exact zeros, with the gradient of log pi
@@ -162,8 +161,7 @@ def reinforce(logprobs, rows, cfg):
     return total(-ratio * rows.advantage * logprobs, logprobs, rows, cfg), {}
 
 
-# dr_grpo is GRPO without its two biases: a fixed horizon as divisor, no std (arXiv 2503.20783,
-# section 3.2). Both are settings, which `auto` chooses below.
+# dr_grpo: GRPO with a fixed divisor and no std, as `auto` says below (arXiv 2503.20783, 3.2).
 LOSSES = {f.__name__: f for f in (grpo, dapo, cispo, gspo, sapo, reinforce)} | {"dr_grpo": grpo}
 # What `auto` (for the clip: -1) means: GRPO's, but for what a loss names. GRPO's paper has
 # `sequence`; `token` is DAPO's cure of the length bias that it brings.

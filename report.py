@@ -78,6 +78,8 @@ def count_memory(cfg, config, shards: int, master: int, compute: int) -> dict[st
     layer, words = 2 * d * (h + k) + 3 * d * f, config.vocab_size * d
     words *= 1 if config.tie_word_embeddings else 2
     p, n = layers * layer + words, cfg.tokens_per_microbatch
+    if not getattr(cfg, "tokens_per_step", 1):  # a batch of rows, which may be less
+        n = min(n, cfg.rows_per_step * cfg.max_tokens)
     trained = layers * cfg.lora_rank * (7 * d + 2 * h + 2 * k + 3 * f) if cfg.lora_rank else p
     gathered = (p if master > compute else 0) if shards == 1 else words + 2 * layer
     kept = {"none": 4 * d + 3 * h + 4 * k + 3 * f, "selective": 2 * (d + h + k + f), "full": d}
@@ -145,6 +147,17 @@ def load_rollouts(folder: str | pathlib.Path) -> Rollouts:
     # What each turn earned is not kept: the episode's reward stands for all of them.
     table.returns, table.turns = table.reward[:, None], torch.zeros_like(table.tokens)
     return table
+
+
+def save_adapters(lora: dict[str, torch.Tensor], cfg, folder: pathlib.Path):
+    """In PEFT's format, under its names."""
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model}
+    targets = sorted({name.split(".")[-2] for name in lora})
+    about |= {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": targets}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    tensors = {f"base_model.model.{k.removeprefix('lm.')}.weight": v for k, v in lora.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def postfix(row: dict, evals: dict[int, tuple[float, float]]) -> dict[str, str]:

@@ -84,8 +84,10 @@ def check(cfg: Config, world):
     limits(cfg)
     if not cfg.data:
         find_task(cfg.task)
-    elif wrong := [x for x in cfg.data.split(",") if not re.fullmatch(r"[^=]+(=[\d.]+)?", x)]:
-        raise UserError(f"data={wrong[0]}: write NAME, NAME@SPLIT or NAME=WEIGHT, with commas")
+    kinds = r"[^=,]+", r"[^=,]+=(?!0*\.?0*(,|$))\d*\.?\d+"  # without weights, or all with one
+    if cfg.data and not any(re.fullmatch(f"{kind}(,{kind})*", cfg.data) for kind in kinds):
+        what = "write NAME or NAME@SPLIT, with commas; all with =WEIGHT above 0, or none"
+        raise UserError(f"data={cfg.data}: {what}")
     if cfg.epochs and (cfg.streaming or not cfg.data):
         raise UserError(f"epochs={cfg.epochs:g}: of data without a known length; give --steps")
     cfg.model = cfg.model.removeprefix("hf://")

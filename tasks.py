@@ -2,7 +2,6 @@
 What a user edits first. A task is a class with four things (see `Task`). Its `reply` and its
 rewards run in the generator's pool of workers, so a slow one holds up its own row only; those that
 are `async` are awaited, thousands at once. Nothing here knows of ranks, engines or gradients.
-
 --task=calculator | sum_digits | countdown | gsm8k | file.jsonl | my_file.py:MyTask"""
 
 import functools
@@ -10,6 +9,8 @@ import json
 import pathlib
 import random
 from dataclasses import dataclass, field
+
+import yaml
 
 from runtime import UserError, load_symbol
 
@@ -28,8 +29,8 @@ class Episode:
 
 
 class Task:
-    """Subclass it, fill `train` and `heldout`, list your rewards. What stands here with a value,
-    and what your class adds so, is a setting: --task_settings.system=..."""
+    """Subclass it, fill `train` and `heldout`, list your rewards. --task_settings.NAME=... sets any
+    attribute that has a value here or in your class."""
 
     system: str = ""  # system prompt, for models with a chat template
     template: str = ""  # a chat template (Jinja) in place of the model's own
@@ -44,10 +45,12 @@ class Task:
     def __init__(self, cfg):
         self.cfg = cfg
         for name, value in getattr(cfg, "task_settings", {}).items():
-            kind, given = type(getattr(type(self), name, None)), type(value)
-            if kind not in (str, int, float, list, dict) or (given is dict) != (kind is dict):
+            kind = type(old := getattr(type(self), name, None))
+            value = yaml.safe_load(value) if isinstance(value, str) and kind is not str else value
+            fits = isinstance(value, {float: int | float, str: str | int | float}.get(kind, kind))
+            if kind not in (str, int, float, bool, list, dict) or not fits:
                 raise UserError(f"task_settings.{name}={value!r}: not a setting of task={cfg.task}")
-            setattr(self, name, kind(value))
+            setattr(self, name, {**old, **value} if kind is dict else kind(value))
         # Functions of an Episode -> float, or a list: what each turn of the policy has earned.
         # Logged by their names; an episode's reward is their weighted sum.
         self.rewards = [self.correct]
@@ -107,7 +110,8 @@ def open_source(source: str, split: str, streaming: bool = False):
     if path.suffix in FILES:
         if not path.exists():
             raise UserError(f"{path}: no such file")
-        place, how = str(path), {"path": "parquet", "data_files": str(path), "split": "train"}
+        place, how = str(path), {"path": "parquet", "data_files": str(path)}
+        how["split"] = "train" + "".join(split.partition("[")[1:])  # a file is one; of it a part
         if path.suffix != ".parquet":
             how |= {"path": "text", "encoding_errors": "backslashreplace"}  # which JSON refuses
             how["features"] = datasets.Features({"jsonl": datasets.Value("string")})

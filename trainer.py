@@ -100,7 +100,7 @@ class Trainer:
                     loss, parts = loss_fn(logprobs, rows, cfg)
                     (loss / count).backward()
                     weight = rows.weight[:, None]
-                    parts |= {"entropy": (entropy * weight).sum(), "loss_sum": loss / count}
+                    parts |= {"entropy": (entropy * weight).sum(), "loss": loss / count}
                     parts |= {"tokens": (rows.mask * weight).sum()}
                     for k, value in parts.items():
                         value = value.detach().double()
@@ -113,11 +113,10 @@ class Trainer:
             self.version += 1
             metrics = self.reduce(sums)
             metrics["tokens"] /= epochs
-            metrics["loss"] = metrics.pop("loss_sum") / (epochs * len(rollouts.plan))
+            metrics["loss"] /= epochs * len(rollouts.plan)
             metrics["skipped"], norms = norms.count(None), [n for n in norms if n is not None]
             metrics["grad_norm"] = sum(norms) / max(len(norms), 1)
-            tokens = sampled_tokens(rollouts.all)
-            assert metrics["tokens"] == tokens, (metrics["tokens"], tokens)  # each exactly once
+            assert metrics["tokens"] == sampled_tokens(rollouts.all), "each token exactly once"
             return metrics
 
     @torch.no_grad()
@@ -144,7 +143,7 @@ class Trainer:
         total, top = (dict(zip(sign, values.tolist())) for values in (total, top))
         ends, tokens = ("_max", "_min"), max(total["tokens"], 1.0)
         out = {k: top[k] * sign[k] if k.endswith(ends) else total[k] / tokens for k in sign}
-        return {**out, "tokens": total["tokens"]}
+        return {**out, **{k: total[k] for k in ("tokens", "loss") if k in total}}
 
     def update(self) -> float | None:
         """Clip to `max_grad_norm` and step. Returns the norm before the clip; None if it is not
@@ -263,5 +262,5 @@ def nothing() -> Rollouts:
     """A row that counts for nothing: what a rank runs when its part of the plan is empty."""
     row = Rollouts.blank(1, 2)
     row.length, row.sampled, row.mask = row.length + 2, row.sampled + 2, ~row.mask
-    row.ref_logprobs = row.logprobs
+    row.ref_logprobs = row.teacher_logprobs = row.logprobs
     return row

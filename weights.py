@@ -1,14 +1,14 @@
 """Weights leave the trainers as one stream of (name, full tensor), into one of two sinks: the
 generators (`sync`) and a Hugging Face folder (`export`)."""
 
-import json
 import math
 import pathlib
 import shutil
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+
+import report
 
 
 def parameters(trainer):
@@ -158,18 +158,7 @@ def export(trainer, folder: pathlib.Path, world, dtype: torch.dtype = torch.floa
             if trainer.tokenizer is not None:
                 trainer.tokenizer.save_pretrained(partial)
             if lora:
-                save_adapters(lora, trainer.cfg, partial / "adapter")
+                report.save_adapters(lora, trainer.cfg, partial / "adapter")
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         world.agree(None)
-
-
-def save_adapters(lora: dict[str, torch.Tensor], cfg, folder: pathlib.Path):
-    """In PEFT's format, under its names."""
-    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model}
-    targets = sorted({name.split(".")[-2] for name in lora})
-    about |= {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": targets}
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
-    tensors = {f"base_model.model.{k.removeprefix('lm.')}.weight": v for k, v in lora.items()}
-    save_file(tensors, folder / "adapter_model.safetensors")

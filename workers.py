@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import numbers
 import os
+import pickle
 import queue
 import signal
 import threading
@@ -75,9 +76,10 @@ class Workers:
             rows, _ = self.jobs.pop(future)
             try:
                 results = future.result()
-            except BrokenProcessPool:
+            except (BrokenProcessPool, pickle.PicklingError, TypeError, AttributeError) as error:
                 where = f"{rows[0].name()}, or another row that was with the task; see the log"
-                raise UserError(f"a process of the task died ({where})") from None
+                what = f"a process of the task died, or cannot send episode.state: {error}"
+                raise UserError(f"{what} ({where})") from None
             for row, result in zip(rows, results):
                 reply, row.rewards, row.paid, row.episode.state, seconds = result
                 self.mean = 0.9 * self.mean + 0.1 * seconds
@@ -123,7 +125,7 @@ async def judge(task: Task, row: Row, may_go_on: bool, seconds: float, loop=None
     if may_go_on:
         function = task.reply if row.episode.turns else task.start
         reply = await guarded(function, row, seconds, loop)
-        if not isinstance(reply, str | list) and (reply is not None or function is task.start):
+        if not isinstance(reply, str | list) and (reply is not None or not row.episode.turns):
             raise UserError(f"{reward_name(function)} returned {reply!r} ({row.name()})")
     for function in task.rewards if reply is None else ():
         value, name = await guarded(function, row, seconds, loop), reward_name(function)

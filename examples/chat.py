@@ -4,9 +4,8 @@
     python examples/chat.py runs/grpo/model --prompt="12*34+56="
     python examples/chat.py runs/grpo/model --replay --step=40 --chosen=worst  # samples.jsonl
 
-The settings are those of the run. In green: what the policy says. To a prompt of yours the rest of
-the first held-out problem is taken, so its reward says nothing.
-"""
+The settings are those of the run. Green: what the policy says. A prompt of yours has the rest of
+the first held-out problem, so its reward says nothing."""
 
 import argparse
 import asyncio
@@ -53,8 +52,9 @@ class Player:
         self.encoder = Generator.__new__(Generator)  # without its engine
         vars(self.encoder).update(cfg=cfg, task=self.task, tokenizer=self.tokenizer)
         self.encoder.eos = eos_tokens(folder, self.tokenizer)
-        words, stops = self.tokenizer.get_vocab().items(), (*self.task.stop,)
-        self.stops = [*self.encoder.eos, *(t for word, t in words if word.endswith(stops))]
+        every, stops = range(len(self.tokenizer) if self.task.stop else 0), (*self.task.stop,)
+        ends = [t for t in every if self.tokenizer.decode([t]).endswith(stops)]
+        self.stops = [*self.encoder.eos, *ends]
         self.loop = asyncio.new_event_loop()
 
     def call(self, function, episode: Episode):
@@ -63,9 +63,9 @@ class Player:
 
     def turn(self, row: Row, temperature: float) -> bool:
         """Sample a turn; whether it ended by itself."""
-        how = {"do_sample": True, "temperature": temperature} if temperature else {}
-        how |= {"max_new_tokens": self.encoder.room(row), "eos_token_id": self.stops}
-        out = self.model.generate(torch.tensor([row.tokens]), pad_token_id=self.stops[0], **how)
+        how = {"do_sample": temperature > 0, "temperature": temperature or None}
+        how |= {"top_k": None, "top_p": None, "max_new_tokens": self.encoder.room(row)}
+        out = self.model.generate(torch.tensor([row.tokens]), eos_token_id=self.stops, **how)
         tokens = out[0, len(row.tokens) :].tolist()
         row.append_sampled(tokens, [0.0] * len(tokens), 0)
         said = tokens[:-1] if tokens[-1] in self.encoder.eos else tokens

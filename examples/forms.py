@@ -52,6 +52,9 @@ def read(row: dict, chat: bool) -> list:
     if not isinstance(row.get("prompt"), str) or reply is None:
         what = "no 'messages', no 'instruction' with 'output', no 'prompt' with 'completion'"
         raise ValueError(f"{what}: {sorted(row)}")
+    if chat:  # as RL asks the same prompt
+        turns = {"user": row["prompt"], "assistant": str(reply)}
+        return [{"role": role, "content": text} for role, text in turns.items()]
     return [(row["prompt"], False), (str(reply), True)]
 
 

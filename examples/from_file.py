@@ -14,9 +14,9 @@ class FileTask(Task):
         super().__init__(cfg)
         examples = {}  # by prompt: one that stands twice could be on both sides
         for where, e in read_examples(cfg.task, "train"):
-            if "answer" not in e or not isinstance(e.get("prompt"), str):
+            if "answer" not in e or not isinstance(e.get("prompt"), str | list):
                 raise UserError(f"{where}: needs 'prompt' and 'answer', has {sorted(e)}")
-            examples[e["prompt"]] = e
+            examples[str(e["prompt"])] = e
         order, held = list(examples.values()), min(512, len(examples) // 10)
         if not held:
             why = f"{len(order)} different prompts; one in ten is held out, so 10 at least"

@@ -5,8 +5,9 @@
         --task_data=prompts.jsonl --task_settings.address=http://127.0.0.1:8001/v1
 
 All replies of a batch are asked for at once, at most `at_once` in flight, so that the server
-batches them. A call has `patience` seconds and is tried three times; a judge that still says
-nothing costs the reply its reward (NaN would end the run), and is counted in `reward/asked`.
+batches them. A call has `patience` seconds and is tried three times (keep three of them below
+--task_seconds); a judge that still says no number costs the reply its reward (NaN would end the
+run), and is counted in `reward/asked`. A model that thinks is asked not to.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import urllib.request
+from http.client import HTTPException
 
 from tasks import Episode, Task, read_examples
 
@@ -29,7 +31,7 @@ class Judged(Task):
     judge: str = ""  # its model's name there; empty: the first that it lists
     question: str = QUESTION
     at_once: int = 64
-    patience: float = 20.0
+    patience: float = 15.0
     weights = {"asked": 0.0}  # logged, and not rewarded
 
     def __init__(self, cfg):
@@ -46,10 +48,11 @@ class Judged(Task):
             try:
                 async with self.free:
                     said = await asyncio.to_thread(self.complete, asked)
-                number = re.search(r"\d+(?:\.\d+)?", said)
+                number = float(re.search(r"\d+(?:\.\d+)?", said)[0])
                 episode.state["asked"] = 1.0
-                return min(float(number[0]), 10.0) / 10 if number else 0.0
-            except (OSError, ValueError, KeyError, IndexError):  # no answer, or not one of these
+                return min(number, 10.0) / 10
+            # No answer, or one that says no number.
+            except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError):
                 if wait:
                     await asyncio.sleep(wait)
         return 0.0
@@ -63,6 +66,7 @@ class Judged(Task):
             self.judge = self.call("models")["data"][0]["id"]
         chat = [{"role": "user", "content": text}]
         body = {"model": self.judge, "messages": chat, "temperature": 0, "max_tokens": 16}
+        body["chat_template_kwargs"] = {"enable_thinking": False}
         return self.call("chat/completions", body)["choices"][0]["message"]["content"]
 
     def call(self, what: str, body: dict | None = None) -> dict:

@@ -4,7 +4,7 @@
         --run_dir=runs/maze_sft
     torchrun --nproc_per_node=3 grpo.py --config=configs/grpo/maze.yaml
 
-`+2-1:268=` says that the goal is 2 to the right and 1 down, and that one can go 2 (down), 6 (right)
+`+2-1 268=` says that the goal is 2 to the right and 1 down, and that one can go 2 (down), 6 (right)
 and 8 (up), as on a numeric keypad; the policy answers with one of these, for instance `6`. Into a
 wall it stays where it is; a move is a move. The reward is the length of the shortest way over that
 of its own, 0 if it never got there: 1 for the best play that knows the map.
@@ -67,7 +67,7 @@ class Maze(Task):
 
     def see(self, problem: dict, at: Cell) -> str:
         way = [b - a for a, b in zip(at, problem["goal"])]
-        return f"{way[0]:+d}{way[1]:+d}:{self.doors(problem)[at]}=".replace(":", " ")
+        return f"{way[0]:+d}{way[1]:+d} {self.doors(problem)[at]}="
 
     def doors(self, problem: dict) -> dict[Cell, str]:
         return build(self.size, f"maze {self.size} {problem['map']}")

@@ -158,7 +158,8 @@ def test_the_environment_makes_the_prompt_and_sees_the_last_turn(playing):
     says(made, "a<|end|>"), says(made, "b<|end|>")
     assert seen == [(1, 5), (3, 5)] and made.complete[0] == [played] and not played.finished
     assert played.episode.turns == ["a", "more", "b"] and played.paid == [0.0, 1.0]
-    task.start = lambda episode: None
+    nothing = type("Nothing", (), {"start": lambda self, episode: None})()
+    task.start = nothing.start  # a method, as in a task
     with pytest.raises(UserError, match="<lambda> returned None .*step 0, slot 0"):
         begin(playing(task, chat_tokenizer()))
 

@@ -98,9 +98,12 @@ def test_forms_without_a_template_and_with_one():
     assert whole == "<|start|>user\nAdd.\n\n1 1<|end|>\n<|start|>assistant\n2<|end|>\n"
     assert said == "2<|end|>"
     pair = {"prompt": "1+1=", "completion": "2"}
-    assert trained(pair) == [("1+1=2<|end|>", "2<|end|>")]  # as it stands, also with a template
-    assert trained(pair, loss_on="all") == [("1+1=2<|end|>", "+1=2<|end|>")]
-    assert trained({"prompt": "1+1=", "answer": 2}) == [("1+1=2<|end|>", "2<|end|>")]
+    chat = "<|start|>user\n1+1=<|end|>\n<|start|>assistant\n2<|end|>\n"  # as RL asks a prompt
+    assert trained(pair) == [(chat, "2<|end|>")]
+    assert trained({"prompt": "1+1=", "answer": 2}) == [(chat, "2<|end|>")]
+    pieces = {"pieces": [["1+1=", False], ["2", True]]}  # a task's own: as they stand
+    assert trained(pieces) == [("1+1=2<|end|>", "2<|end|>")]
+    assert trained(pieces, loss_on="all") == [("1+1=2<|end|>", "+1=2<|end|>")]
 
 
 @pytest.mark.parametrize(

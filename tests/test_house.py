@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "engine": {"runtime"},
     "workers": {"runtime", "rollouts", "tasks"},
     "generator": {"runtime", "rollouts", "tasks", "engine", "workers", "report"},
-    "weights": set(),  # it is handed the trainer and the generator
+    "weights": {"report"},  # it is handed the trainer and the generator
     "data": {"runtime", "rollouts", "tasks"},
     "grpo": {*CORE, "report"} - {"sft"},
     "sft": {*CORE, "report"} - {"grpo", "generator", "losses"},
