@@ -114,8 +114,8 @@ MUTATIONS = r"""
 + # at most 1: filtered sampling
 
 10 top-k while sampling: generator.py
-- "seed": row.seed(self.cfg.seed),
-+ "seed": row.seed(self.cfg.seed), "top_k": 20,
+- "seed": row.seed(self.cfg.seed)}
++ "seed": row.seed(self.cfg.seed), "top_k": 20}
 
 11 next turn from the text: generator.py
 -                 row.append_given(tokens)
@@ -261,8 +261,8 @@ MUTATIONS = r"""
 + random
 
 25 sampling without a seed: generator.py
-- "seed": row.seed(self.cfg.seed),
-+ "seed": None,
+- "seed": row.seed(self.cfg.seed)}
++ "seed": None}
 
 25 weights without a seed: model.py
 - torch.manual_seed(cfg.seed)
