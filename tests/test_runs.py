@@ -250,6 +250,7 @@ def test_a_reward_that_raises_is_named_with_its_row(tmp_path):
     assert "step 0, slot" in said
 
 
+@pytest.mark.long  # `make test`: during a save, in test_checkpoints.py
 def test_a_full_disk(tmp_path):
     folder = tmp_path / "r"
     folder.mkdir()
