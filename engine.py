@@ -154,7 +154,7 @@ class Writes(TorchDispatchMode):
         if func is aten.copy_.default and others[0].untyped_storage().data_ptr() == self.memory:
             at = others[0].storage_offset() - self.start
             self.copies.append((into, others[0].size(), others[0].stride(), at))
-        elif func._schema.is_mutable:  # else it is computed from what came, and is no copy
+        elif func._schema.is_mutable:  # a constant; or computed from what came: never replayed
             self.constants.append(functools.partial(func, *args, **(kwargs or {})))
             self.only_copies &= not others
         return func(*args, **(kwargs or {}))

@@ -76,7 +76,7 @@ def limits(cfg):
         value, said = getattr(cfg, name), re.findall(rf"({'|'.join(LIMITS)}) ([\d.]+)", meaning)
         for kind, limit in [("at least", "0"), *said] if isinstance(value, (int, float)) else ():
             if not LIMITS[kind](value, float(limit)):  # NaN is beyond every limit
-                raise UserError(f"{name}={value}: must be {kind} {limit}")
+                raise UserError(f"{name}={value}: must be {kind} {limit} ({meaning})")
 
 
 def load_symbol(place: str, what: str):

@@ -74,7 +74,7 @@ def buckets_through(trainer, world, dtype):
     sums = [sum(map(math.prod, bucket.values())) for bucket in world.buckets] + [0]
     buffer = torch.empty(max(map(sum, zip(sums, sums[1:]))), dtype=dtype, device=world.device)
     mine, coming = dict(parameters(trainer)) if world.trains else {}, []
-    for k, (bucket, size) in enumerate(zip([*world.buckets, {}], sums)):
+    for k, (bucket, size) in enumerate(zip([*world.buckets, {}], sums)):  # {}: the last arrives
         flat, work = buffer[:size] if k % 2 == 0 else buffer[len(buffer) - size :], None
         parts = flat.split([math.prod(shape) for shape in bucket.values()])
         views = {name: x.view(shape) for (name, shape), x in zip(bucket.items(), parts)}
