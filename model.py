@@ -58,8 +58,8 @@ def pack_rows(tokens, length, mask, device: str | torch.device = "cpu") -> Pack:
 
 
 def few_sizes(n: int) -> int:
-    """n rounded up by less than 1/8, or to 128; powers of 2 stay."""
-    step = max(2 ** ((n - 1).bit_length() - 4), 128)
+    """n rounded up by less than 1/16, or to 64; powers of 2 stay."""
+    step = max(2 ** ((n - 1).bit_length() - 5), 64)
     return -(-n // step) * step
 
 

@@ -3,6 +3,7 @@
     python benchmarks/sft_peer.py OUT curve --python=PEER      # a processor: losses, seconds
     python benchmarks/sft_peer.py OUT speed qwen3-0.6b         # a GPU: tokens per second
     python benchmarks/sft_peer.py OUT speed qwen3-1.7b --peers=default,liger,compile
+    python benchmarks/sft_peer.py OUT fill                     # how full packs are, no training
 
 Each trainer runs in a process of its own. PEER is the Python that has trl (default: this one).
 Rows: random words, lengths like Alpaca's (log-normal: prompts with a median of 45 tokens, replies
@@ -15,6 +16,8 @@ SFTTrainer packs to 2,048 and takes 8 packs twice. Its kinds:
     best      our attention, no checkpointing, weights and AdamW in bf16
     liger, compile, both   best with Liger's kernels, torch_compile, or with both
     masters   liger, with weights and AdamW in fp32, as ours are
+
+`fill`: real tokens over those that a GPU computes, for settings (tokens a step, pack, trainers).
 
 Seconds are those of the steps after the first WARM ones; a start and a compilation are not in them.
 """
@@ -197,6 +200,30 @@ def peer(args) -> dict:
     return clock.told()
 
 
+FILLS = [(65_536, 16_384, 1), (65_536, 8192, 1), (65_536, 2048, 1), (32_768, 4096, 8)]
+FILLS += [(131_072, 16_384, 8), (131_072, 18_432, 8), (16_384, 2048, 8), (16_384, 2304, 8)]
+
+
+def fill(args):
+    """A table: each setting over 60 steps of `rows`."""
+    from model import few_sizes
+    from rollouts import pack
+
+    print("| tokens a step | of a pack at most | trainers | packs a trainer | real tokens |")
+    print("|---|---|---|---|---|")
+    for args.tokens, most, trainers in FILLS:
+        real, computed, packs = 0, 0, 0
+        for batch in batches(args):
+            lengths = [len(row["tokens"]) for row in batch]
+            for rows in itertools.chain(*pack(lengths, trainers, most)):
+                n = [lengths[i] for i in rows]
+                even = len(n) * few_sizes(max(n))  # as pack_rows lays them out
+                real, packs = real + sum(n), packs + 1
+                computed += even if even <= sum(n) * 17 / 16 else few_sizes(sum(n))
+        cells = f"{args.tokens:,}", f"{most:,}", trainers, f"{packs / trainers / args.steps:.2f}"
+        print(f"| {' | '.join(map(str, cells))} | {real / computed:.1%} |")
+
+
 def child(args, python: str, *command: str) -> dict:
     """What one trainer said, in a process of its own; or why it said nothing."""
     file = args.out / f"{args.shape}-{'-'.join(command)}.json"
@@ -232,7 +259,7 @@ def make_model(args) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("what", choices=["curve", "speed"])
+    parser.add_argument("what", choices=["curve", "speed", "fill"])
     parser.add_argument("shape", nargs="?", default="small")
     parser.add_argument("--peers", default="")
     parser.add_argument("--python", default=sys.executable, help="the Python that has trl")
@@ -245,9 +272,11 @@ def main():
         parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    args.steps = args.steps or {"curve": 20, "speed": 7}[args.what]
+    args.steps = args.steps or {"curve": 20, "speed": 7, "fill": 60}[args.what]
     args.model = make_model(args)
     args.words = json.loads((args.out / args.shape / "config.json").read_text())["vocab_size"]
+    if args.what == "fill":
+        return fill(args)
     if args.who:
         found = {"ours": ours, "peer": peer}[args.who](args)
         pathlib.Path(args.file).write_text(json.dumps(found))

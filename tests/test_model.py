@@ -108,9 +108,9 @@ def test_selective_checkpointing_makes_no_product_again(tiny):
 
 
 def test_few_sizes_by_hand():
-    assert [few_sizes(n) for n in (1, 128, 129, 2048, 2049)] == [128, 128, 256, 2048, 2304]
-    assert len({few_sizes(n) for n in range(8193, 16385)}) == 8
-    assert all(0 <= few_sizes(n) - n < max(n / 8, 128) for n in range(1, 5000))
+    assert [few_sizes(n) for n in (1, 64, 65, 2048, 2049)] == [64, 64, 128, 2048, 2176]
+    assert len({few_sizes(n) for n in range(8193, 16385)}) == 16
+    assert all(0 <= few_sizes(n) - n < max(n / 16, 64) for n in range(1, 5000))
 
 
 def test_two_forwards_are_equal_in_training_mode(tiny):
