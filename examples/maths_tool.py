@@ -3,18 +3,22 @@
     torchrun --nproc_per_node=3 grpo.py --task=examples/maths_tool.py:GSM8KWithPython --model=... \
         --task_data=FOLDER --max_turns=3 --max_prompt_tokens=512 --max_new_tokens=768
     ... --task=examples/maths_tool.py:CountdownWithPython
+    torchrun --nproc_per_node=2 sft.py --model=... --data=FOLDER \
+        --form=examples/maths_tool.py:with_tool     # or without_tool: GSM8K's answers as chats
 
 A message with a block of Python (```python ... ```) and no answer is a call: the program runs in
 bubblewrap (examples/python_tool.py), and what it prints is the user's next message. The answer is
 the last number behind `Answer:` for GSM8K, the expression in <answer> tags for countdown.
 """
 
+import functools
 import re
 
+from examples import forms
 from examples.countdown import Countdown
 from examples.gsm8k import GSM8K, number
 from examples.python_tool import check_sandbox, run_python
-from tasks import Episode
+from tasks import Episode, unpack
 
 PROGRAM = re.compile(r"```(?:python|py)?\n(.*?)```", re.DOTALL)
 
@@ -22,26 +26,30 @@ PROGRAM = re.compile(r"```(?:python|py)?\n(.*?)```", re.DOTALL)
 class WithPython:
     """The tool, for any task whose answers it does not touch. `tool=no` takes it away."""
 
-    tool: str = "yes"
+    tool: bool = True
+    alone: str = ""  # the system prompt without the tool; empty: the same
 
     def __init__(self, cfg):
         super().__init__(cfg)
         self.rewards = [self.correct]
-        if self.tool != "no":
+        if self.tool:
             check_sandbox()
+        elif self.system == type(self).system:
+            self.system = self.alone or self.system
 
     def reply(self, episode: Episode) -> str | None:
-        call = PROGRAM.findall(episode.turns[-1]) if self.tool != "no" else []
+        call = PROGRAM.findall(episode.turns[-1]) if self.tool else []
         return f"Output: {run_python(call[-1]).strip() or '(nothing)'}" if call else None
 
 
 class GSM8KWithPython(WithPython, GSM8K):
-    """The same prompts and the same reward, with the tool and without."""
+    """The same problems and the same reward, with the tool and without."""
 
     system = (
-        "Solve the problem. You can write a Python program in a ```python block that prints what"
-        " you need; its output comes in the next message. Then finish with one line: Answer: NUMBER"
+        "Solve the problem with a Python program in a ```python block that prints what you need;"
+        " its output comes in the next message. Then finish with one line: Answer: NUMBER"
     )
+    alone: str = "Solve the problem step by step. Finish with one line: Answer: NUMBER"
 
     def correct(self, episode: Episode) -> float:
         """1 if the last `Answer: number` of the last message is right, else 0."""
@@ -49,26 +57,47 @@ class GSM8KWithPython(WithPython, GSM8K):
         given, target = number(found[-1]) if found else None, number(episode.problem["answer"])
         return float(given is not None and abs(given - target) <= 1e-6)
 
-    @staticmethod
-    def conversation(question: str, worked: str, tool: bool) -> list[dict] | None:
-        """A worked answer of GSM8K as a chat: each `<<48/2=24>>` becomes a line of a program (or
-        words, without the tool). None where one of them is no arithmetic."""
+    @classmethod
+    def conversation(cls, question: str, worked: str, tool: bool) -> list[dict] | None:
+        """A worked answer of GSM8K as a chat. With the tool each `<<48/2=24>>` is a line of a
+        program, where earlier results have names; None if that does not print the answer."""
         steps, answer = re.findall(r"<<([^=<>]+)=([^<>]+)>>", worked), worked.rpartition("#### ")[2]
-        user = {"role": "user", "content": question}
+        chat = [{"role": "system", "content": cls.system if tool else cls.alone}]
+        chat += [{"role": "user", "content": question}]
         final = {"role": "assistant", "content": f"Answer: {answer}"}
+        if not tool:
+            words = re.sub(r"<<[^<>]*>>", "", worked.rpartition("\n#### ")[0])
+            return [*chat, {**final, "content": f"{words}\n{final['content']}"}]
         plain = r"(?:[\d.+\-/() ]|\*(?!\*))+"  # of a data file, and no powers: it is evaluated
         if not steps or not all(re.fullmatch(plain, left) for left, _ in steps):
             return None
-        if not tool:
-            words = re.sub(r"<<[^<>]*>>", "", worked.rpartition("\n#### ")[0])
-            return [user, {**final, "content": f"{words}\n{final['content']}"}]
-        program = "\n".join(f"print({left})" for left, _ in steps)
-        try:
-            printed = "\n".join(str(eval(left, {"__builtins__": {}})) for left, _ in steps)
-        except (SyntaxError, ArithmeticError, TypeError):
+        lines, names, values = [], {}, {}
+        for (left, result), name in zip(steps, "abcdefghijklmnopqrstuvwxyz"):
+            left = re.sub(r"[\d.]+", lambda n: names.get(number(n[0]), n[0]), left)
+            lines.append(f"{name} = {left}")
+            try:
+                values[name] = eval(left, {"__builtins__": {}}, values)
+            except (SyntaxError, ArithmeticError, TypeError):
+                return None
+            names[number(result)] = name
+        if abs(values[name] - (number(answer) or 0)) > 1e-6:
             return None
+        program = "\n".join([*lines, f"print({name})"])
         call = {"role": "assistant", "content": f"```python\n{program}\n```"}
-        return [user, call, {"role": "user", "content": f"Output: {printed}"}, final]
+        return [*chat, call, {"role": "user", "content": f"Output: {values[name]}"}, final]
+
+
+def shown(tool: bool, rows: dict, numbers, place: str, **how) -> dict[str, list]:
+    """A form for sft.py: GSM8K's rows as the conversations that the task has."""
+    made = [
+        unpack(dict(zip(rows, values)), place, i)[1] for i, *values in zip(numbers, *rows.values())
+    ]
+    chats = [e and GSM8KWithPython.conversation(e["question"], e["answer"], tool) for e in made]
+    kept = {i: chat for i, chat in zip(numbers, chats) if chat}
+    return forms.encode({"messages": [*kept.values()]}, [*kept], place, **how)
+
+
+with_tool, without_tool = functools.partial(shown, True), functools.partial(shown, False)
 
 
 class CountdownWithPython(WithPython, Countdown):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from transformers import AutoTokenizer
 
 from examples import blackjack, maths_tool, maze, rewards
 from runtime import UserError
@@ -101,16 +102,37 @@ def test_the_python_tool_answers_programs_and_not_answers():
     assert game.correct(episode) == 1
     episode.turns[-1] = "<answer>17</answer>"
     assert game.correct(episode) == 0
-    assert maths_tool.CountdownWithPython(cfg(tool="no")).reply(Episode({}, [call])) is None
+    assert maths_tool.CountdownWithPython(cfg(tool=False)).reply(Episode({}, [call])) is None
 
 
 def test_worked_answers_become_programs():
     worked = "Half of 48 is <<48/2=24>>24.\nTogether <<48+24=72>>72.\n#### 72"
-    user, call, printed, final = maths_tool.GSM8KWithPython.conversation("How many?", worked, True)
-    assert call["content"] == "```python\nprint(48/2)\nprint(48+24)\n```"
-    assert printed["content"] == "Output: 24.0\n72" and final["content"] == "Answer: 72"
-    [_, plain] = maths_tool.GSM8KWithPython.conversation("How many?", worked, False)
+    task = maths_tool.GSM8KWithPython
+    _, _, call, printed, final = task.conversation("How many?", worked, True)
+    assert call["content"] == "```python\na = 48/2\nb = 48+a\nprint(b)\n```"
+    assert printed["content"] == "Output: 72.0" and final["content"] == "Answer: 72"
+    assert task.conversation("How many?", worked.replace("#### 72", "#### 73"), True) is None
+    system, _, plain = task.conversation("How many?", worked, False)
     assert plain["content"] == "Half of 48 is 24.\nTogether 72.\nAnswer: 72"
+    assert system["content"] == task.alone
+
+
+def test_worked_answers_are_a_form_of_sft(tmp_path):
+    """GSM8K's own rows, in JSONL and as `datasets` has them; without arithmetic no program."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/calculator")
+    one = "{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + one + "{% endfor %}"
+    made = [{"question": "1+2=", "answer": "<<1+2=3>>3\n#### 3"}]
+    made += [{"question": "1", "answer": "#### 1"}]
+    how = {"place": "here", "tokenizer": tokenizer, "loss_on": "assistant"}
+    as_text = {"jsonl": list(map(json.dumps, made))}
+    columns = {k: [row[k] for row in made] for k in made[0]}
+    for rows in (as_text, columns):
+        assert len(maths_tool.with_tool(rows, [0, 1], **how)["tokens"]) == 1
+        assert len(maths_tool.without_tool(rows, [0, 1], **how)["tokens"]) == 2
+
+
+def test_an_answer_is_the_last_number_of_the_last_message():
     correct = maths_tool.GSM8KWithPython.correct
     for text, reward in (("Answer: $1,072", 1), ("Answer: 7\nAnswer: 1072", 1), ("1072", 0)):
         assert correct(None, Episode({"answer": "1072"}, [text])) == reward
