@@ -52,10 +52,10 @@ class Generator:
         if not world.trains:
             world.meanwhile = self.run_until
 
-    def note(self, text: str):
+    def note(self, *texts: str):
         """For the person at the screen. What every engine would say, the first one says."""
         if self.world.engine == 0 and self.world.leads:
-            self.told["notes"].append(text)
+            self.told["notes"] += texts
 
     def wake(self, part: str):
         """Take back the memory of "weights" or "kv_cache", which slept while the rank trained."""
@@ -83,9 +83,9 @@ class Generator:
 
     def prepare_prompts(self):
         """Tokenise every prompt; empty ones and those over max_prompt_tokens are not asked."""
+        self.note(*report.unsaid(self.task, self.tokenizer))
         limit = self.cfg.max_prompt_tokens
-        for split in ("train", "heldout"):
-            every = getattr(self.task, split)
+        for split, every in (("train", self.task.train), ("heldout", self.task.heldout)):
             every = [{**e, "tokens": self.encode_prompt(e["prompt"])} for e in every]
             kept = [e for e in every if 0 < len(e["tokens"]) <= limit]
             what = f"of {len(every)} {split} prompts: over max_prompt_tokens={limit}, or empty"
@@ -201,15 +201,16 @@ class Generator:
         sampling |= {"max_tokens": self.room(row), "seed": row.seed(self.cfg.seed)}
         self.queue.append((name, row.tokens, self.stops, sampling))
 
-    def turn_ended(self, name: str, tokens: list[int], logprobs: list[float], reason: str):
-        """A turn came out of the engine: write it down, then ask the environment or the rewards. A
+    def turns_ended(self, turns: list[tuple[str, list[int], list[float], str]]):
+        """Turns came out of the engine: write them down, then ask the environment or the rewards. A
         reply has finished if the environment ended it, not if turns, tokens or time ran out."""
-        row = self.rows.pop(name)
-        row.append_sampled(tokens, logprobs, self.version)
-        ended = tokens[-1] in self.eos
-        row.finished = reason == "stop"  # true if the environment's answer is None
-        row.episode.turns.append(self.tokenizer.decode(tokens[:-1] if ended else tokens))
-        self.workers.ask(row, may_go_on=row.finished)
+        said = [t[:-1] if t[-1] in self.eos else t for _, t, *_ in turns]
+        for (name, *turn, reason), text in zip(turns, self.tokenizer.batch_decode(said)):
+            row = self.rows.pop(name)
+            row.append_sampled(*turn, self.version)
+            row.finished = reason == "stop"  # true if the environment's answer is None
+            row.episode.turns.append(text)
+            self.workers.ask(row, may_go_on=row.finished)
 
     def apply_jobs(self):
         """Take what the workers have finished: the next turn of a row, or its end. `deterministic`
@@ -221,10 +222,7 @@ class Generator:
         for row, reply in sorted(answers, key=lambda answer: answer[0].key):
             if reply is None:
                 self.open[EVALUATION if row.evaluates else row.step] -= 1
-                if row.evaluates:
-                    self.judged.append(row)
-                else:
-                    self.completed(row)
+                self.completed(row)
                 continue
             if not row.tokens:  # it is from `start`
                 row.append_given(tokens := self.encode_prompt(reply))
@@ -246,9 +244,11 @@ class Generator:
                 self.workers.ask(row, may_go_on=False)
 
     def completed(self, row: Row):
-        """A row of training has its reward. When its group's are all equal, the slot draws another
+        """A row has its reward. When its group's are all equal, the slot draws another
         prompt, here and for the same batch, up to `max_refills` times (DAPO, arXiv 2503.14476,
         3.2). A bias that the log shows: batches leave out what is solved and what is hopeless."""
+        if row.evaluates:
+            return self.judged.append(row)
         group = self.groups.setdefault((row.step, row.slot), [])
         group.append(row)
         if len(group) < self.cfg.group_size:
@@ -280,18 +280,15 @@ class Generator:
             salt = str(self.version)  # of the weights that will read the prompts
             for name, tokens, stops, sampling in requests[0]:
                 self.engine.add(name, tokens, salt, stops, **sampling)
-            self.step()
-
-    def step(self):
-        if self.engine.busy():
+            if not self.engine.busy():
+                time.sleep(0.0005)  # all rows are with the task, or there is nothing to do
+                self.world.lap("idle")
+                continue
             self.world.lap("admit")
-            for turn in self.engine.step():
-                if self.world.leads:
-                    self.turn_ended(*turn)
+            turns = self.engine.step()
+            if turns and self.world.leads:
+                self.turns_ended(turns)
             self.world.lap("generate")
-        else:
-            time.sleep(0.0005)  # all rows are with the task, or there is nothing to do
-            self.world.lap("idle")
 
     def collect(self, step: int) -> Rollouts:
         """Run until batch `step` is complete, rewards included; later batches stay in the engine.

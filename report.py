@@ -116,6 +116,14 @@ def left_out(data) -> str:
     return f"of {data.seen} examples {', '.join(said)}" if said else ""
 
 
+def unsaid(task, tokenizer) -> list[str]:
+    """What a task wants to tell a model that has no chat template to say it with."""
+    told = {"system": task.system, "tools": task.tools, "thinking": task.thinking != "auto"}
+    named = " and ".join(name for name, value in told.items() if value)
+    text = f"the model has no chat template: prompts of text go without the task's {named}"
+    return [] if tokenizer.chat_template or not named else [text]
+
+
 def judged_by(row: dict) -> str:
     """What the held-out reward of a run is, by one of its rows: several functions have a sum."""
     return "reward" if any(name.startswith("reward/") for name in row) else "accuracy"

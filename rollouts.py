@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass, field, fields
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -75,6 +76,7 @@ SMALL, CELLS = (  # name -> type, in the order in which they travel; a cell is 3
     {f.name: f.metadata[kind] for f in fields(Rollouts) if kind in f.metadata}
     for kind in ("row", "cell")
 )
+PER_TOKEN = ("tokens", "mask", "logprobs", "version", "turns")  # lists of a Row, columns here
 
 
 @dataclass
@@ -93,8 +95,7 @@ class Row:
     version: list[int] = field(default_factory=list)
     prompt_length: int = 0
     turn: int = 0
-    # Weights that came during this turn: (its tokens so far, version that made them).
-    borders: list[tuple[int, int]] = field(default_factory=list)
+    borders: list[tuple[int, int]] = field(default_factory=list)  # (tokens of the turn, version)
     finished: bool = False
     started: float = 0.0  # when, by time.monotonic
     turns: list[int] = field(default_factory=list)  # of each token, the number of its turn
@@ -105,11 +106,7 @@ class Row:
         """Tokens that the policy did not sample: the prompt, or the environment's reply."""
         n = len(tokens)
         self.prompt_length = self.prompt_length or n
-        self.turns += [0] * n
-        self.tokens += tokens
-        self.mask += [False] * n
-        self.logprobs += [0.0] * n
-        self.version += [-1] * n
+        self.append(tokens, [False] * n, [0.0] * n, [-1] * n, [0] * n)
 
     def append_sampled(self, tokens: list[int], logprobs: list[float], now: int):
         """A turn of the policy. A token whose log-prob is not finite is taken out of the loss."""
@@ -118,12 +115,15 @@ class Row:
             # An engine may have been past the end by then: it queues steps ahead.
             versions += [version] * (min(count, len(tokens)) - len(versions))
         self.borders = []
-        self.turns += [self.turn] * len(tokens)
-        finite = [math.isfinite(p) for p in logprobs]
-        self.tokens += tokens
-        self.mask += finite
-        self.logprobs += [p if ok else 0.0 for p, ok in zip(logprobs, finite, strict=True)]
-        self.version += [v if ok else -1 for v, ok in zip(versions, finite, strict=True)]
+        mask = [*map(math.isfinite, logprobs)]
+        if not all(mask):
+            logprobs = [p if ok else 0.0 for p, ok in zip(logprobs, mask)]
+            versions = [v if ok else -1 for v, ok in zip(versions, mask)]
+        self.append(tokens, mask, logprobs, versions, [self.turn] * len(tokens))
+
+    def append(self, *values: list):
+        for name, more in zip(PER_TOKEN, values, strict=True):
+            getattr(self, name).extend(more)
 
     def name(self) -> str:
         """For a person."""
@@ -158,9 +158,11 @@ def from_rows(rows: list[Row], reward_names: list[str], discount: float = 1.0) -
         table.reward[i] = sum(row.paid)
         to_go = [*itertools.accumulate(row.paid[::-1], lambda later, now: now + discount * later)]
         table.returns[i] = torch.tensor([*to_go[::-1], *to_go[:1] * turns][:turns])
-        for name in ("tokens", "mask", "logprobs", "version", "turns"):
-            values = getattr(row, name)
-            getattr(table, name)[i, : len(values)] = torch.tensor(values)
+    real = torch.arange(table.tokens.shape[1]) < table.length[:, None]  # (N, T)
+    for name in (k for k in PER_TOKEN if any(getattr(row, k) for row in rows)):  # not SFT's all
+        column = getattr(table, name)  # numpy reads a list four times faster than torch
+        flat = itertools.chain.from_iterable(getattr(row, name) for row in rows)
+        column[real] = torch.from_numpy(np.fromiter(flat, column.numpy().dtype))
     table.rewards = {k: torch.tensor([r.rewards[k] for r in rows]).float() for k in reward_names}
     table.weight, table.share = torch.ones(len(rows)), torch.ones(len(rows))
     return table

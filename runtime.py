@@ -116,18 +116,17 @@ class World:
             num_generators = 0
         first, t = num_generators or 0, tensor_parallel_size
         trainers = self.trainer_ranks = list(range(first, self.size))
-        shard, left = divmod(len(trainers), max(trainer_replicas, 1))
-        replicas, n = trainer_replicas, len(trainers)
+        shard, left = divmod(n := len(trainers), max(trainer_replicas, 1))
         wrong = {
             "num_generators must be at least 0, tensor_parallel_size 1": first < 0 or t < 1,
             f"{num_generators=} leaves no rank to train: there are {self.size}": not trainers,
             f"{tensor_parallel_size=} needs ranks of its own: num_generators": t > 1 and not first,
             f"{tensor_parallel_size=} ranks make an engine: {num_generators=}": t > 0 and first % t,
-            f"{trainer_replicas=} must divide the {n} trainers": replicas < 1 or left,
+            f"{trainer_replicas=} must divide the {n} trainers": trainer_replicas < 1 or left,
         }
         if why := [why for why, found in wrong.items() if found]:
             raise UserError(why[0])
-        self.first_trainer, self.num_trainers = first, len(trainers)
+        self.first_trainer, self.num_trainers = first, n
         self.colocated = num_generators == 0
         # Consecutive ranks hold the shards of one copy of the model, so they can be of one node.
         self.shards = [trainers[i : i + shard] for i in range(0, len(trainers), shard)]

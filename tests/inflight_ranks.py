@@ -58,7 +58,7 @@ def main(out: pathlib.Path, inflight: str):
     with torch.no_grad():
         for p in trainer.policy.parameters():
             local = p.to_local()
-            local += 0.02 * torch.randn(local.shape)
+            local += 0.02 * torch.randn(local.shape).to(local.device)
     weights.export(trainer, out / "1", world)
     weights.sync(trainer, generator, world)
     for step in range(2):

@@ -12,6 +12,7 @@ from test_generator import WORLD, row, task_of
 from test_runs import good
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import report
 import tasks
 from generator import Generator
 from report import load_rollouts
@@ -69,7 +70,7 @@ def says(made, text_or_tokens):
     if isinstance(tokens, str):
         tokens = made.encode(tokens)
     [name] = made.rows
-    made.turn_ended(name, tokens, [-1.0] * len(tokens), "stop")
+    made.turns_ended([(name, tokens, [-1.0] * len(tokens), "stop")])
     while len(made.workers):
         made.apply_jobs()
     return tokens
@@ -133,6 +134,11 @@ def test_templates_that_cannot_be_exact_or_lack_a_switch_are_refused(playing):
         made.encode_prompt("q")
     made.tokenizer.chat_template = None
     assert made.encode_prompt("q") == made.encode("q")
+    [said] = report.unsaid(made.task, made.tokenizer)
+    assert said.endswith(
+        "no chat template: prompts of text go without the task's system and thinking"
+    )
+    assert not report.unsaid(task_of(lambda e: 1.0), made.tokenizer)
     with pytest.raises(UserError, match="no place for messages"):
         made.encode_prompt([{"role": "user", "content": "q"}])
 
@@ -215,6 +221,7 @@ def test_a_tasks_settings():
 
 
 CHAT = """
+import report
 import tasks
 
 

@@ -99,7 +99,7 @@ def test_finished_is_ended_by_itself(make, calculator, text, reason, turn, finis
     made.tokenizer, made.eos = AutoTokenizer.from_pretrained(ROOT / "assets/calculator"), {EOS}
     tokens = made.encode(text)
     reply.turn, made.rows["a"] = turn, reply
-    made.turn_ended("a", tokens, [-1.0] * len(tokens), reason)
+    made.turns_ended([("a", tokens, [-1.0] * len(tokens), reason)])
     while len(made.workers):
         made.apply_jobs()
     assert made.complete[3] == [reply] and reply.finished == finished

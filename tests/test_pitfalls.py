@@ -144,7 +144,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture
 def make_generator():
-    """A rank's generator without its engine: what comes out of one is handed to `turn_ended`."""
+    """A rank's generator without its engine: what comes out of one is handed to `turns_ended`."""
 
     def make(task, tokenizer, **values) -> Generator:
         cfg = settings(str(ROOT / "assets/calculator"), deterministic=True, **values)
@@ -248,7 +248,7 @@ def test_05_eos_is_trained_when_pad_is_eos(tiny, make_generator):
     assert model.lm.get_output_embeddings().weight.grad.norm() > 1e-3
     generator = make_generator(few_problems(), calculator_tokenizer())
     generator.rows["a"] = made = row(0, [5, 6], [])
-    generator.turn_ended("a", [7, 2], [-1.0, -1.0], "stop")
+    generator.turns_ended([("a", [7, 2], [-1.0, -1.0], "stop")])
     assert made.finished and made.mask == [False, False, True, True]
     made = {"tokens": [5, 6, 0], "mask": [False, True, True]}
     assert data.to_table([made], 0, 3).mask.tolist() == [[False, True, True]]
@@ -353,7 +353,7 @@ def test_11_text_is_never_tokenised_again(make_generator):
     made = generator.rows[name]
     expected, start = [*prompt], len(prompt)
     for _ in range(2):
-        generator.turn_ended(name, sampled, [-1.0, -2.0, -3.0], "stop")
+        generator.turns_ended([(name, sampled, [-1.0, -2.0, -3.0], "stop")])
         generator.apply_jobs()
         name, asked, *_ = generator.queue.pop()
         expected += sampled + tokenizer.encode("=ab")
@@ -545,12 +545,12 @@ def test_23_what_the_environment_says_is_not_trained(make_generator):
     spoken = [([*prompt], False)]
     for text, answer in (("[63*11]", "=693"), ("[693+48]", "=741")):
         tokens = generator.encode(text)
-        generator.turn_ended(name, tokens, [-1.0] * len(tokens), "stop")
+        generator.turns_ended([(name, tokens, [-1.0] * len(tokens), "stop")])
         generator.apply_jobs()
         name = generator.queue.pop()[0]
         spoken += [(tokens, True), (generator.encode(answer), False)]
     last = [*generator.encode("#741"), tokenizer.eos_token_id]
-    generator.turn_ended(name, last, [-1.0] * len(last), "stop")
+    generator.turns_ended([(name, last, [-1.0] * len(last), "stop")])
     generator.apply_jobs()
     spoken += [(last, True)]
     table = from_rows(generator.complete[0], ["correct"])
