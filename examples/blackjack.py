@@ -1,28 +1,25 @@
 """Blackjack, some hands an episode: hidden cards, a reward for each hand; the best play is known.
 
-    torchrun --nproc_per_node=2 sft.py --task=examples/blackjack.py:Blackjack --steps=200 \
+    torchrun --nproc_per_node=1 sft.py --task=examples/blackjack.py:Blackjack --steps=200 \
         --max_tokens=160 --run_dir=runs/blackjack_sft
-    torchrun --nproc_per_node=3 grpo.py --config=configs/grpo/blackjack.yaml
+    torchrun --nproc_per_node=1 grpo.py --config=configs/grpo/blackjack.yaml
 
-`16/9` is a total of 16 (`07`: of 7; `x16`: with an ace as 11) against the dealer's 9; `+` takes a
-card, `.` none: `16/9+=19.#1 12/4` is a hand that won, and the next. A hand pays 1, 0 or -1 to the
-turn that ended it; anything but `+` or `.` loses all. The replies of a group get the same cards.
+`9/16` is the dealer's 9 against a total of 16 (`9*16`: with an ace as 11; 0 is a ten, x an ace);
+`+` takes a card, `.` none: `9/16+ 9/19.#1 4/12` is a hand that won, and the next. A hand pays 1, 0
+or -1; what is no move loses all that are left. A group's replies get the same hidden cards.
 """
 
 import functools
 import random
-import re
 
 from tasks import Episode, Task
 
-TOTAL = re.compile(r"(\d+)(/\d+)?$")  # of the hand that was shown last
 CARDS = [2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 10, 10, 11]
 
 
 def add(total: int, soft: bool, card: int) -> tuple[int, bool]:
     """A hand with one more card; `soft` if an ace in it counts 11."""
-    aces = soft + (card == 11)
-    total += card
+    total, aces = total + card, soft + (card == 11)
     while total > 21 and aces:
         total, aces = total - 10, aces - 1
     return total, aces > 0
@@ -63,24 +60,25 @@ def hits(total: int, soft: bool, up: int) -> float:
 class Blackjack(Task):
     stop = "+."
     hands: int = 4  # of an episode
+    weights = {"wins": 0.0}  # in the log alone
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.rewards = [self.won]
-        problems = [{"prompt": self.show(f"{i}/0"), "name": i} for i in range(8192 + 512)]
-        self.heldout, self.train = problems[:512], problems[512:]
+        self.rewards = [self.won, self.wins]
+        problems = [{"prompt": self.show(f"{i}/0"), "name": i} for i in range(8192 + 2048)]
+        self.heldout, self.train = problems[:2048], problems[2048:]
 
     @staticmethod
     def show(deal: str, hand=None) -> str:
-        """A hand against the dealer's open card, which the player sees; without one, the first."""
+        """What the player sees: the dealer's open card and a hand; without one, the first."""
         total, soft = hand or begin(deal)
-        return f"{'x' * soft}{total:02d}" + ("" if hand else f"/{card(deal, 'dealer', 0)}")
+        return f"{'234567890x'[card(deal, 'dealer', 0) - 2]}{'/*'[soft]}{total:02d}"
 
     def reply(self, episode: Episode) -> str | None:
         """The next card, or how the hand ended and the next one; None after the last."""
-        state, move = episode.state, episode.turns[-1]
+        name, state, move = episode.problem["name"], episode.state, episode.turns[-1]
         number, paid = state.get("number", 0), state.setdefault("paid", [])
-        deal = f"{episode.problem['name']}/{number}"
+        deal = f"{name}/{number}"
         hand = state.get("hand") or begin(deal)
         if move not in ("+", "."):
             paid.append(float(number - self.hands))
@@ -90,17 +88,20 @@ class Blackjack(Task):
             state["hand"] = hand = add(*hand, card(deal, "player", state["cards"]))
             if hand[0] <= 21:
                 paid.append(0.0)
-                return f"={self.show(deal, hand)}"
+                return f" {self.show(deal, hand)}"
         result = -1 if hand[0] > 21 else outcome(hand[0], deal)
         paid.append(float(result))
         state |= {"number": number + 1, "hand": None, "cards": 1}
-        following = self.show(f"{episode.problem['name']}/{number + 1}")
-        return f"#{result} {following}" if number + 1 < self.hands else None
+        return f"#{result} {self.show(f'{name}/{number + 1}')}" if number + 1 < self.hands else None
 
     def won(self, episode: Episode) -> list[float]:
         """What each turn has won; one that was cut off has won nothing."""
         paid = episode.state.get("paid", [])
         return paid + [0.0] * (len(episode.turns[::2]) - len(paid))
+
+    def wins(self, episode: Episode) -> float:
+        """The share of the hands that were won."""
+        return episode.state.get("paid", []).count(1.0) / self.hands
 
     def play(self, problem: dict, move) -> tuple[list[tuple[str, bool]], float]:
         """An episode of the player `move(seen)`: pieces (text, whether its own), and its reward."""
@@ -112,9 +113,8 @@ class Blackjack(Task):
         return pieces, sum(episode.state["paid"])
 
     def demonstration(self, name: str, progress: float) -> list[tuple[str, bool]]:
-        """For SFT: seven players in ten toss a coin, three take cards up to 16, as the dealer does.
-        RL has to find out who is better, and where the better one is wrong."""
+        """For SFT: players who take too many cards, most where it is least wrong; RL stops them."""
         rng = random.Random(f"demonstration {name}")
-        dealer = lambda seen: "+."[int(TOTAL.search(seen)[1]) > 16]  # noqa: E731
-        coin = lambda seen: rng.choice("+.")  # noqa: E731
-        return self.play(rng.choice(self.train), coin if rng.random() < 0.7 else dealer)[0]
+        bold = lambda seen: (seen[-4] not in "23456") + (seen[-3] == "*")  # noqa: E731
+        move = lambda seen: "+."[int(seen[-2:]) > rng.randint(6, 26) + 3 * bold(seen)]  # noqa: E731
+        return self.play(rng.choice(self.train), move)[0]

@@ -43,9 +43,21 @@ def test_blackjack_is_played_and_paid_by_hands():
     assert max(map(abs, paid)) <= 1
     for odd in ("", "5+", "++"):  # all hands that are left
         assert game.reply(wrong := Episode(game.train[0], [odd])) is None
-        assert game.won(wrong) == [-2.0]
-    cut = Episode(game.train[0], ["+", "=12", "1"], {"paid": [0.0]})
+        assert game.won(wrong) == [-2.0] and game.wins(wrong) == 0
+    cut = Episode(game.train[0], ["+", " 9/12", "1"], {"paid": [0.0]})
     assert game.won(cut) == [0.0, 0.0]
+    assert game.wins(Episode({}, [], {"paid": [0.0, 1.0]})) == 0.5
+    assert game.weights == {"wins": 0.0}
+
+
+def test_blackjack_is_written_in_four_characters():
+    """The total where it always is: a policy that has to look for it takes 7 for 17."""
+    shown = {}
+    for deal in map(str, range(400)):
+        seen, up = blackjack.Blackjack.show(deal), blackjack.card(deal, "dealer", 0)
+        assert shown.setdefault(seen[0], up) == up and len(seen) == 4
+        assert blackjack.begin(deal) == (int(seen[2:]), {"/": False, "*": True}[seen[1]])
+    assert sorted(shown.values()) == list(range(2, 12))
 
 
 def test_the_best_play_of_blackjack_is_worth_what_is_known():
@@ -53,15 +65,26 @@ def test_the_best_play_of_blackjack_is_worth_what_is_known():
     best = lambda t, s, up: blackjack.hits(t, s, up) > blackjack.stands(t, (up, up == 11))  # noqa: E731
     takes = [up for up in range(2, 12) if best(16, False, up)]
     assert takes == [7, 8, 9, 10, 11] and not best(17, False, 10) and best(17, True, 10)
-    game, up = blackjack.Blackjack(cfg()), [0]
+    game = blackjack.Blackjack(cfg())
 
     def move(seen):
-        total, _, shown = blackjack.TOTAL.search(seen)[1], 0, seen.rpartition("/")[2]
-        up[0] = int(shown) if "/" in seen else up[0]
-        return "+" if best(int(total), "x" in seen.split()[-1], up[0]) else "."
+        return ".+"[best(int(seen[-2:]), seen[-3] == "*", 2 + "234567890x".index(seen[-4]))]
 
     played = [game.play(problem, move)[1] / game.hands for problem in game.train]
     assert -0.06 < sum(played) / len(played) < -0.035
+
+
+def test_the_players_of_blackjack_that_are_shown_draw_too_much():
+    game, taken = blackjack.Blackjack(cfg()), {}
+    for name in map(str, range(1500)):
+        pieces = [text for text, _ in game.demonstration(name, 0.5)]
+        for seen, move in zip(pieces[::2], pieces[1::2], strict=True):
+            kind = seen[-4] in "23456", seen[-3] == "*", int(seen[-2:])
+            taken.setdefault(kind, []).append(move == "+")
+    share = lambda *kind: sum(taken[kind]) / len(taken[kind])  # noqa: E731
+    assert share(True, False, 7) > 0.85 and share(True, False, 17) < 0.6
+    assert share(False, False, 18) > 0.5 and share(True, False, 13) > 0.5  # where it is wrong
+    assert share(False, False, 16) - share(True, False, 16) > 0.05
 
 
 def test_a_maze_has_a_shortest_way_and_pays_for_it():
