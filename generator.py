@@ -83,7 +83,7 @@ class Generator:
 
     def prepare_prompts(self):
         """Tokenise every prompt; empty ones and those over max_prompt_tokens are not asked."""
-        self.note(*report.unsaid(self.task, self.tokenizer))
+        self.note(*report.advice(self.cfg, self.task, self.tokenizer))
         limit = self.cfg.max_prompt_tokens
         for split, every in (("train", self.task.train), ("heldout", self.task.heldout)):
             every = [{**e, "tokens": self.encode_prompt(e["prompt"])} for e in every]
@@ -244,9 +244,9 @@ class Generator:
                 self.workers.ask(row, may_go_on=False)
 
     def completed(self, row: Row):
-        """A row has its reward. When its group's are all equal, the slot draws another
-        prompt, here and for the same batch, up to `max_refills` times (DAPO, arXiv 2503.14476,
-        3.2). A bias that the log shows: batches leave out what is solved and what is hopeless."""
+        """A row has its reward. When its group's are all equal, the slot draws another prompt for
+        the same batch, up to `max_refills` times (DAPO, arXiv 2503.14476, 3.2). A bias that the log
+        shows: batches leave out what is solved and what is hopeless."""
         if row.evaluates:
             return self.judged.append(row)
         group = self.groups.setdefault((row.step, row.slot), [])
@@ -285,8 +285,7 @@ class Generator:
                 self.world.lap("idle")
                 continue
             self.world.lap("admit")
-            turns = self.engine.step()
-            if turns and self.world.leads:
+            if (turns := self.engine.step()) and self.world.leads:
                 self.turns_ended(turns)
             self.world.lap("generate")
 

@@ -174,9 +174,6 @@ def main(cfg: Config, world, run):
     tokenizer.chat_template = task.template or tokenizer.chat_template
     trainer = Trainer(cfg, world, tokenizer, frozen_models(cfg))
     start = run.resume(trainer)
-    uncorrected = cfg.old_policy == "trainer" and cfg.correction == "none"
-    if world.writes and cfg.max_policy_age and uncorrected:
-        run.say("old tokens are taken for the policy's own: add --correction=truncate or mask")
     generator = Generator(cfg, world, task, tokenizer, version=start)
 
     for step in range(start, cfg.steps):

@@ -158,9 +158,8 @@ class Run:
             if self.bar is not None:
                 self.bar.close()
                 self.bar = None
-            spent = self.tokens, time.time() - self.started
             if says:
-                self.say(report.end_table(self.folder, self.rows, self.evals, *spent))
+                self.say(report.end_table(self))
             self.live.close()
 
 

@@ -116,12 +116,23 @@ def left_out(data) -> str:
     return f"of {data.seen} examples {', '.join(said)}" if said else ""
 
 
-def unsaid(task, tokenizer) -> list[str]:
-    """What a task wants to tell a model that has no chat template to say it with."""
+def before(data, world, config, weights: bool) -> str:
+    """What a person should know before the first step of SFT."""
+    random = "" if weights else f"{data.cfg.model} has no weights: random ones"
+    return "\n".join(filter(None, [random, left_out(data), memory(data.cfg, world, config)[0]]))
+
+
+def advice(cfg, task, tokenizer) -> list[str]:
+    """What a person should know of a run of RL: settings that work, and may not be meant."""
     told = {"system": task.system, "tools": task.tools, "thinking": task.thinking != "auto"}
     named = " and ".join(name for name, value in told.items() if value)
-    text = f"the model has no chat template: prompts of text go without the task's {named}"
-    return [] if tokenizer.chat_template or not named else [text]
+    said = []
+    if named and not tokenizer.chat_template:
+        said += [f"the model has no chat template: prompts of text go without the task's {named}"]
+    if cfg.max_policy_age and cfg.old_policy == "trainer" and cfg.correction == "none":
+        what = "old tokens are taken for the policy's own"
+        said += [f"{what}: add --correction=truncate or mask"]
+    return said
 
 
 def judged_by(row: dict) -> str:
@@ -177,8 +188,9 @@ def postfix(row: dict, evals: dict[int, tuple[float, float]]) -> dict[str, str]:
     return {**shown, "tok/s": f"{row['tokens_per_second']:.0f}"}
 
 
-def end_table(folder: pathlib.Path, rows: list[dict], evals: dict, tokens: float, seconds: float):
+def end_table(run) -> str:
     """The lines that a person reads when a run has ended."""
+    rows, evals, seconds = run.rows, run.evals, time.time() - run.started
     key = "reward" if "reward" in rows[-1] else "loss"
     values = [r[key] for r in rows]
     last = sum(values[-5:]) / len(values[-5:])
@@ -188,9 +200,9 @@ def end_table(folder: pathlib.Path, rows: list[dict], evals: dict, tokens: float
         ends = evals[min(evals)], evals[max(evals)]
         before, after = (f"{mean:.3f} +- {error:.3f}" for mean, error in ends)
         lines.append((f"held-out {judged_by(rows[-1])}", f"{before} before, {after} after"))
-    speed = f"{tokens / seconds:,.0f} tokens per second"
+    speed = f"{run.tokens / seconds:,.0f} tokens per second"
     lines.append(("time", f"{seconds / 60:.1f} minutes, {speed}"))
-    lines.append(("results", f"{folder}/ (report.html, metrics.jsonl, samples.jsonl)"))
+    lines.append(("results", f"{run.folder}/ (report.html, metrics.jsonl, samples.jsonl)"))
     width = max(len(name) for name, _ in lines)
     return "\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in lines)
 

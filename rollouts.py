@@ -9,7 +9,6 @@ import json
 import math
 from dataclasses import dataclass, field, fields
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -158,11 +157,9 @@ def from_rows(rows: list[Row], reward_names: list[str], discount: float = 1.0) -
         table.reward[i] = sum(row.paid)
         to_go = [*itertools.accumulate(row.paid[::-1], lambda later, now: now + discount * later)]
         table.returns[i] = torch.tensor([*to_go[::-1], *to_go[:1] * turns][:turns])
-    real = torch.arange(table.tokens.shape[1]) < table.length[:, None]  # (N, T)
-    for name in (k for k in PER_TOKEN if any(getattr(row, k) for row in rows)):  # not SFT's all
-        column = getattr(table, name)  # numpy reads a list four times faster than torch
-        flat = itertools.chain.from_iterable(getattr(row, name) for row in rows)
-        column[real] = torch.from_numpy(np.fromiter(flat, column.numpy().dtype))
+        for name in PER_TOKEN:
+            values = getattr(row, name)
+            getattr(table, name).numpy()[i, : len(values)] = values  # quicker than a tensor of them
     table.rewards = {k: torch.tensor([r.rewards[k] for r in rows]).float() for k in reward_names}
     table.weight, table.share = torch.ones(len(rows)), torch.ones(len(rows))
     return table

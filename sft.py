@@ -108,19 +108,20 @@ def main(cfg: Config, world, run):
     tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
     data = Examples(cfg, tokenizer) if world.leads else None
     if data:
-        random = "" if has_weights(cfg.model) else f"{cfg.model} has no weights: random ones"
-        counted, _ = report.memory(cfg, world, check_config(cfg.model))
-        run.say("\n".join(filter(None, [random, report.left_out(data), counted])))
+        run.say(report.before(data, world, check_config(cfg.model), has_weights(cfg.model)))
     cfg.steps, names = world.agree(data and (data.steps, list(data.heldout)))
     trainer, n = Trainer(cfg, world, tokenizer), cfg.tokens_per_microbatch
     heldout = {k: gather(data.heldout[k] if data else Rollouts(), world, n) for k in names}
-    start = run.resume(trainer)
+    steps = range(run.resume(trainer), cfg.steps)
+    batches = (gather(data.batch(k) if data else Rollouts(), world, n) for k in steps)
+    ahead = [next(batches, None)]  # each trainer has its share of the next batch by then
 
-    for step in range(start, cfg.steps):
-        rollouts = gather(data.batch(step) if data else Rollouts(), world, n)  # each its share
+    for step in steps:
+        rollouts = ahead.pop()
         if rollouts.stop:
             return run.stopped(trainer, step, rollouts)
-        metrics = trainer.step(rollouts, sft_loss)
+        more = lambda: ahead.append(next(batches, None))  # noqa: E731
+        metrics = trainer.step(rollouts, sft_loss, meanwhile=more)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and heldout:
             metrics |= trainer.evaluate(heldout, sft_loss)
         run.log(step, metrics, rollouts)

@@ -77,11 +77,13 @@ class Trainer:
         reshard(policy)
         return out
 
-    def step(self, rollouts: Rollouts, loss_fn, divisor=None) -> dict[str, float]:
+    def step(
+        self, rollouts: Rollouts, loss_fn, divisor=None, meanwhile=lambda: None
+    ) -> dict[str, float]:
         """The optimizer steps of a gathered batch: one for each of its mini-batches, times
-        `epochs_per_batch`. `loss_fn(logprobs, rows, cfg)` returns sums; `divisor(table, cfg)` is
-        what they are divided by, from the small columns of the whole mini-batch (default: its
-        sampled tokens). Returns metrics, equal on every trainer: means per sampled token."""
+        `epochs_per_batch`. `loss_fn(logprobs, rows, cfg)` returns sums, which `divisor(table, cfg)`
+        divides, by the mini-batch's small columns (default: its sampled tokens). `meanwhile()` runs
+        while a GPU works. Returns metrics, equal on every trainer: means per sampled token."""
         if not self.world.trains:
             return {}
         with self.world.span("train"):
@@ -108,14 +110,15 @@ class Trainer:
                         sums[k] = add(sums[k], value) if k in sums else value
                 # Without a token that counts nothing moves: not by momentum either.
                 if sampled_tokens(table):
-                    norms.append(self.update())  # None: skipped
+                    norms.append(self.update())
                 self.optimizer.zero_grad(set_to_none=True)
             self.version += 1
-            metrics = self.reduce(sums)
+            meanwhile()
+            metrics, moved = self.reduce(sums), self.finite(norms)
+            metrics["skipped"] = len(norms) - len(moved)
             metrics["tokens"] /= epochs
             metrics["loss"] /= epochs * len(rollouts.plan)
-            metrics["skipped"], norms = norms.count(None), [n for n in norms if n is not None]
-            metrics["grad_norm"] = sum(norms) / max(len(norms), 1)
+            metrics["grad_norm"] = sum(moved) / max(len(moved), 1)
             assert metrics["tokens"] == sampled_tokens(rollouts.all), "each token exactly once"
             return metrics
 
@@ -145,9 +148,9 @@ class Trainer:
         out = {k: top[k] * sign[k] if k.endswith(ends) else total[k] / tokens for k in sign}
         return {**out, **{k: total[k] for k in ("tokens", "loss") if k in total}}
 
-    def update(self) -> float | None:
-        """Clip to `max_grad_norm` and step. Returns the norm before the clip; None if it is not
-        finite, and then nothing moves. The run ends after `max_skipped` of these in a row."""
+    def update(self) -> torch.Tensor:
+        """Clip to `max_grad_norm` and step. Returns the norm before the clip, not waited for; if it
+        is not finite nothing moves."""
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters], foreach=True)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -155,14 +158,19 @@ class Trainer:
             clip_grads_with_norm_(parameters, self.cfg.max_grad_norm, norm, foreach=True)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.version, self.cfg)
-        # Where this is 1 fused AdamW moves nothing: the host need not wait for the norm to go on.
-        self.optimizer.found_inf = (~norm.isfinite()).float()
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # fused AdamW asks the GPU for it
         self.optimizer.step()
-        self.skipped = 0 if norm.isfinite() else self.skipped + 1  # the same on every trainer
-        if self.skipped > self.cfg.max_skipped:
-            what = f"the gradient's norm is {float(norm)}, {self.skipped} times in a row"
-            raise FloatingPointError(f"{what}: see samples.jsonl")
-        return None if self.skipped else float(norm)
+        return norm
+
+    def finite(self, norms: list[torch.Tensor]) -> list[float]:
+        """Those that moved something. The run ends after `max_skipped` others in a row."""
+        norms = [float(norm) for norm in norms]  # the same on every trainer
+        for norm in norms:
+            self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+            if self.skipped > self.cfg.max_skipped:
+                what = f"the gradient's norm is {norm}, {self.skipped} times in a row"
+                raise FloatingPointError(f"{what}: see samples.jsonl")
+        return [norm for norm in norms if math.isfinite(norm)]
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that training is, by name: tensors alone, for anything else would need pickle.

@@ -12,6 +12,7 @@ from test_generator import WORLD, row, task_of
 from test_runs import good
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import grpo
 import report
 import tasks
 from generator import Generator
@@ -134,11 +135,14 @@ def test_templates_that_cannot_be_exact_or_lack_a_switch_are_refused(playing):
         made.encode_prompt("q")
     made.tokenizer.chat_template = None
     assert made.encode_prompt("q") == made.encode("q")
-    [said] = report.unsaid(made.task, made.tokenizer)
+    cfg = grpo.Config()
+    [said] = report.advice(cfg, made.task, made.tokenizer)
     assert said.endswith(
         "no chat template: prompts of text go without the task's system and thinking"
     )
-    assert not report.unsaid(task_of(lambda e: 1.0), made.tokenizer)
+    assert not report.advice(cfg, task_of(lambda e: 1.0), made.tokenizer)
+    cfg.max_policy_age, cfg.old_policy = 1, "trainer"
+    assert "old tokens" in report.advice(cfg, made.task, made.tokenizer)[1]
     with pytest.raises(UserError, match="no place for messages"):
         made.encode_prompt([{"role": "user", "content": "q"}])
 
@@ -221,6 +225,7 @@ def test_a_tasks_settings():
 
 
 CHAT = """
+import grpo
 import report
 import tasks
 
