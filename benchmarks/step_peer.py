@@ -24,6 +24,7 @@ all processes of a trainer. The first WARM steps are left out. OUT/step_peer.jso
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -86,30 +87,23 @@ def peer(args):
 
     spent = {}
 
-    def timed(name: str, function):
-        def call(*given, **named):
-            start = now()
-            made = function(*given, **named)
-            spent[name] = spent.get(name, 0.0) + now() - start
-            return made
-
-        return call
-
     def now() -> float:
         if args.cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def reward(completions, answer=None, **_) -> list[float]:
-        found = list(map(worth, completions, answer or [""] * len(completions)))
-        spent["reward"] = statistics.mean(found)
-        return found
-
-    class Timed(GRPOTrainer):
-        def _generate_single_turn(self, *given, **named):
-            made = timed("generate_s", super()._generate_single_turn)(*given, **named)
-            spent["tokens"] = sum(map(len, made[0]))
+    def timed(name: str, function):
+        def call(*given, **named):
+            start, made = now(), function(*given, **named)
+            spent[name] = spent.get(name, 0.0) + now() - start
             return made
+
+        return call
+
+    def reward(completions, completion_ids, answer=None, **_) -> list[float]:
+        found = list(map(worth, completions, answer or [""] * len(completions)))
+        spent.update(reward=statistics.mean(found), tokens=sum(map(len, completion_ids)))
+        return found
 
     class Ticks(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -148,7 +142,8 @@ def peer(args):
         os.environ |= ENVIRONMENT
         keep_linear_weights()
     data = Dataset.from_list(json.loads((args.folder / "prompts.json").read_text()))
-    trainer = Timed(str(args.folder / "model"), reward, GRPOConfig(**how), data)
+    trainer = GRPOTrainer(str(args.folder / "model"), reward, GRPOConfig(**how), data)
+    trainer._generate_single_turn = timed("generate_s", trainer._generate_single_turn)
     if how["use_vllm"]:
         engine = trainer.vllm_generation
         engine.sync_weights = timed("sync_s", engine.sync_weights)
@@ -161,18 +156,13 @@ def peer(args):
 
 def processor_seconds(root: int) -> float:
     """Of a process and of all below it, those that have ended included."""
-    above, spent = {}, {}
-    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has just ended
-            continue
-        above[int(path.parent.name)] = int(fields[1])
-        spent[int(path.parent.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-    family = {root}
-    while more := {p for p, parent in above.items() if parent in family} - family:
-        family |= more
-    return sum(spent.get(p, 0.0) for p in family)
+    import psutil
+
+    total, first = 0.0, psutil.Process(root)
+    for process in (first, *first.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])  # user, system, and those of what has ended
+    return total
 
 
 def watch(command: list[str], file: pathlib.Path, args) -> dict:
@@ -225,11 +215,9 @@ def theirs(args, kind: str, folder: pathlib.Path) -> dict:
     for rows, checkpointing in [*((n, []) for n in sizes), (sizes[0], ["--checkpointing"])]:
         file = folder / f"{rows}{'-'.join(checkpointing)}.jsonl"
         command = [args.python, __file__, str(args.out), args.use, f"--shape={args.shape}"]
-        command += [f"--steps={args.steps}", f"--lr={args.lr}", f"--rows={rows}", f"--file={file}"]
+        command += [f"--steps={args.steps}", f"--rows={rows}", f"--file={file}"]
         command += [f"--kind={kind}", f"--more={args.more}", *checkpointing]
-        found = watch(command, file, args) | {
-            "rows": f"{rows} {'checkpointing' * len(checkpointing)}"
-        }
+        found = {**watch(command, file, args), "rows": " ".join([rows, *checkpointing])}
         if found.get("failed") != "out of memory":
             break
         print(f"GRPOTrainer, {kind}: {found['rows']} rows at once do not fit", flush=True)
@@ -263,7 +251,7 @@ def prepare(args):
         made = [{**x, "answer": x["answer"][1:]} for x in (task.problem(0, i) for i in range(n))]
         if not model.exists():
             (data := args.folder / "sums.jsonl").write_text("\n".join(map(written, task.train)))
-            how = [f"--data={data}", "--max_tokens=48", "--steps=200", "--save_every=0"]
+            how = [f"--data={data}", "--max_tokens=48", "--steps=350", "--save_every=0"]
             torchrun(1, "sft.py", *how, f"--run_dir={args.folder}/sft")
             model.symlink_to(args.folder / "sft/model")
     (args.folder / "prompts.json").write_text(json.dumps(made))
@@ -305,35 +293,29 @@ def main():
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("use", choices=["cpu", "gpu"])
     parser.add_argument("--shape", default="qwen3-1.7b", help="of gpu: of benchmarks/generation.py")
-    parser.add_argument("--mine", default="", help="of OURS, with commas; none: -")
-    parser.add_argument("--peers", default="", help="of PEERS, with commas; none: -")
     parser.add_argument("--python", default=sys.executable, help="the Python that has trl")
-    parser.add_argument("--steps", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=0, help="of our micro-batches")
-    parser.add_argument("--rows", default="", help="the peer's at once; what to try next")
-    parser.add_argument("--lr", type=float, default=0.0)
-    parser.add_argument("--ours", default="", help="more settings of ours")
-    parser.add_argument("--more", default="", help="more settings of the peer, as JSON")
     parser.add_argument("--timeout", type=float, default=600, help="seconds of one run")
-    for name in ("kind", "file"):
-        parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
+    for name in ("steps", "rounds"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+    texts = {"mine": "of OURS, with commas; none: -", "peers": "of PEERS", "kind": "", "file": ""}
+    texts |= {"ours": "more settings of ours", "more": "more of the peer's, as JSON"}
+    texts |= {"rows": "the peer's at once; what to try next"}
+    for name, text in texts.items():
+        parser.add_argument(f"--{name}", default="", help=text or argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     import torch
 
     cpu, args.out, args.cuda = args.use == "cpu", args.out.resolve(), torch.cuda.is_available()
-    tiny, memory = cpu or args.shape == "tiny", 0
-    if args.cuda:
-        memory = torch.cuda.get_device_properties(0).total_memory
-    large = memory > 100e9
+    memory = torch.cuda.get_device_properties(0).total_memory if args.cuda else 0
+    tiny, large = cpu or args.shape == "tiny", memory > 100e9
     args.share = 32e9 / memory if memory else 0.0  # an engine's, for all rows at once
     args.folder = args.out / ("cpu" if cpu else args.shape)
     args.prompts = 16 if cpu else 4 if tiny else 32
     args.prompt, args.new = (8, 34) if cpu else (128, 16 if tiny else 512)
     args.rows = args.rows or ("128" if cpu else "32" if tiny else "32,16,8" if large else "16,8")
-    args.tokens = args.tokens or (4096 if tiny else 640 * (32 if large else 26))
-    args.lr, args.steps = args.lr or (1e-4 if cpu else 1e-6), args.steps or (12 if cpu else 5)
+    args.tokens = 4096 if tiny else 640 * (32 if large else 26)
+    args.lr, args.steps = 1e-4 if cpu else 1e-6, args.steps or (12 if cpu else 5)
     if args.kind:
         peer(args)
         sys.stdout.flush()
