@@ -26,6 +26,7 @@ all processes of a trainer. The first WARM steps are left out. OUT/step_peer.jso
 import argparse
 import contextlib
 import json
+import math
 import os
 import pathlib
 import random
@@ -40,6 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 WARM, GROUP = 2, 8
 OURS = {  # ranks, settings
     "1 rank": (1, ["--num_generators=0"]),
+    "masked": (1, ["--num_generators=0", "--equal_rewards=mask"]),
     "1 + 1": (2, []),
     "1 + 2": (3, []),
     "sleeps": (1, ["--num_generators=0", "--compile=true"]),
@@ -268,10 +270,12 @@ def written(problem: dict) -> str:
 
 
 def table(runs: list[dict]) -> str:
-    """Medians over the rounds, and as multiples of the first trainer's."""
+    """Medians over the rounds; times: of what the first trainer took in the same round."""
     columns = ("trainer", "seconds a step", "times", "processor s a step", "times", "generate")
     columns += ("train", "sync", "tokens a step", "reward", "rows at once")
     lines, first = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"], {}
+    for x in runs:
+        first.setdefault(x["round"], x)
     for name in dict.fromkeys(x["name"] for x in runs):
         every = [x for x in runs if x["name"] == name]
         good = [x for x in every if "failed" not in x]
@@ -281,8 +285,8 @@ def table(runs: list[dict]) -> str:
             cells.append(f"{statistics.median(values):,.{0 if key == 'tokens' else 3}f}")
             if key in ("wall_s", "cpu_s"):
                 cells[-1] += f" ({min(values):.3f} to {max(values):.3f})" * (len(values) > 1)
-                base = first.setdefault(key, statistics.median(values))
-                cells.append(f"{statistics.median(values) / base:.2f}")
+                times = [x[key] / first[x["round"]].get(key, math.nan) for x in good]
+                cells.append(f"{statistics.median(times):.2f}")
         cells += [good[0].get("rows", "")] if good else [""] * (len(columns) - 2)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -321,7 +325,9 @@ def main():
         sys.stdout.flush()
         os._exit(0)
     prepare(args)
-    mine = args.mine or ("1 rank,1 + 1,1 + 2" if cpu else "sleeps,awake" if large else "sleeps")
+    mine = args.mine or (
+        "1 rank,masked,1 + 1,1 + 2" if cpu else "sleeps,awake" if large else "sleeps"
+    )
     peers, runs = args.peers or ("plain" if cpu else "plain,liger"), []
     for i in range(args.rounds or (3 if cpu else 1)):
         both = ("nanoforge", ours, mine), ("GRPOTrainer", theirs, peers)
