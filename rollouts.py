@@ -160,7 +160,7 @@ def from_rows(rows: list[Row], reward_names: list[str], discount: float = 1.0) -
         table.returns[i] = torch.tensor([*to_go[::-1], *to_go[:1] * turns][:turns])
         for name in ("tokens", "mask", "logprobs", "version", "turns"):
             values = getattr(row, name)
-            getattr(table, name)[i, : len(values)] = torch.tensor(values)
+            getattr(table, name).numpy()[i, : len(values)] = values  # quicker than a tensor of them
     table.rewards = {k: torch.tensor([r.rewards[k] for r in rows]).float() for k in reward_names}
     table.weight, table.share = torch.ones(len(rows)), torch.ones(len(rows))
     return table
