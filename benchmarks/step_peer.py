@@ -17,7 +17,7 @@ with vLLM in its process. Its rows have one length: it pads nothing, and sdpa ne
     compile        plain with torch_compile
     awake          liger; vLLM keeps its memory while the trainer works
     masters        liger; weights and AdamW in fp32 as ours, autocast to bf16
-    vllm           for a CPU: vLLM in its process, with the patch that ours needs there, too
+    vllm           for a CPU: vLLM in its process, with a patch that ours needs there too
 
 A peer out of memory tries fewer rows at once, at last checkpointing. Processor seconds are those of
 all processes of a trainer. The first WARM steps are left out. OUT/step_peer.json has every run.
@@ -74,8 +74,7 @@ def listed(cfg):
         def problem(self, step, slot, attempt=0) -> dict:
             return self.train[step * self.cfg.prompts_per_step + slot]
 
-    task = Listed(cfg)
-    task.train = json.loads(pathlib.Path(cfg.task_data).read_text())
+    task, Listed.train = Listed(cfg), json.loads(pathlib.Path(cfg.task_data).read_text())
     task.heldout = task.train[:1]
     return task
 
@@ -135,9 +134,8 @@ def peer(args):
     how |= {"vllm_max_model_length": args.prompt + args.new}
     how |= {"model_init_kwargs": {"dtype": "bfloat16" if args.cuda else "float32"}}
     how |= PEERS[args.kind] | json.loads(args.more or "{}")
-    if args.use == "gpu":  # no reply ends before its time
-        no_end = {"ignore_eos": True} if how["use_vllm"] else {"min_new_tokens": args.new}
-        how["generation_kwargs"] = no_end
+    no_end = {"ignore_eos": True} if how["use_vllm"] else {"min_new_tokens": args.new}
+    how["generation_kwargs"] = no_end if args.use == "gpu" else None
     if how["use_vllm"] and not args.cuda:
         from engine import ENVIRONMENT, keep_linear_weights
 
@@ -147,8 +145,8 @@ def peer(args):
     trainer = GRPOTrainer(str(args.folder / "model"), reward, GRPOConfig(**how), data)
     trainer._generate_single_turn = timed("generate_s", trainer._generate_single_turn)
     if how["use_vllm"]:
-        engine = trainer.vllm_generation
-        engine.sync_weights = timed("sync_s", engine.sync_weights)
+        made = trainer.vllm_generation
+        made.sync_weights = timed("sync_s", made.sync_weights)
     trainer.add_callback(Ticks())
     trainer.train()
 
@@ -200,15 +198,15 @@ def watch(command: list[str], file: pathlib.Path, args) -> dict:
 
 def ours(args, kind: str, folder: pathlib.Path) -> dict:
     ranks, more = OURS[kind]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={ranks}", "grpo.py", f"--model={args.folder}/model"]
-    command += [f"--task={__file__}:listed", f"--task_data={args.folder}/prompts.json"]
-    command += [f"--steps={args.steps}", f"--prompts_per_step={args.prompts}", "--eval_size=0"]
-    command += [f"--group_size={GROUP}", f"--max_prompt_tokens={args.prompt}", "--max_turns=1"]
-    command += [f"--max_new_tokens={args.new}", f"--lr={args.lr}", "--lr_schedule=constant"]
-    command += ["--save_every=0", f"--tokens_per_microbatch={args.tokens}", f"--run_dir={folder}"]
-    command += [f"--gpu_memory_utilization={args.share}"] if args.share else []
-    return watch([*command, *more, *args.ours.split()], folder / "metrics.jsonl", args)
+    how = {"model": args.folder / "model", "task": f"{__file__}:listed", "steps": args.steps}
+    how |= {"task_data": args.folder / "prompts.json", "prompts_per_step": args.prompts}
+    how |= {"group_size": GROUP, "max_prompt_tokens": args.prompt, "max_new_tokens": args.new}
+    how |= {"max_turns": 1, "lr": args.lr, "lr_schedule": "constant", "eval_size": 0}
+    how |= {"save_every": 0, "tokens_per_microbatch": args.tokens, "run_dir": folder}
+    how |= {"gpu_memory_utilization": args.share or 0.3}
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    command += ["--standalone", "grpo.py", *(f"--{k}={v}" for k, v in how.items()), *more]
+    return watch([*command, *args.ours.split()], folder / "metrics.jsonl", args)
 
 
 def theirs(args, kind: str, folder: pathlib.Path) -> dict:
@@ -274,8 +272,7 @@ def table(runs: list[dict]) -> str:
     columns = ("trainer", "seconds a step", "times", "processor s a step", "times", "generate")
     columns += ("train", "sync", "tokens a step", "reward", "rows at once")
     lines, first = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"], {}
-    for x in runs:
-        first.setdefault(x["round"], x)
+    first |= {x["round"]: x for x in reversed(runs)}
     for name in dict.fromkeys(x["name"] for x in runs):
         every = [x for x in runs if x["name"] == name]
         good = [x for x in every if "failed" not in x]
@@ -325,9 +322,7 @@ def main():
         sys.stdout.flush()
         os._exit(0)
     prepare(args)
-    mine = args.mine or (
-        "1 rank,masked,1 + 1,1 + 2" if cpu else "sleeps,awake" if large else "sleeps"
-    )
+    mine = args.mine or ("1 rank,masked,1 + 1,1 + 2" if cpu else "sleeps")
     peers, runs = args.peers or ("plain" if cpu else "plain,liger"), []
     for i in range(args.rounds or (3 if cpu else 1)):
         both = ("nanoforge", ours, mine), ("GRPOTrainer", theirs, peers)
