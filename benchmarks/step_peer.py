@@ -17,14 +17,16 @@ with vLLM in its process. Its rows have one length: it pads nothing, and sdpa ne
     compile        plain with torch_compile
     awake          liger; vLLM keeps its memory while the trainer works
     masters        liger; weights and AdamW in fp32 as ours, autocast to bf16
-    vllm           for a CPU: vLLM in its process, with the patch that ours needs there, too
+    vllm           for a CPU: vLLM in its process, with a patch that ours needs there too
 
 A peer out of memory tries fewer rows at once, at last checkpointing. Processor seconds are those of
 all processes of a trainer. The first WARM steps are left out. OUT/step_peer.json has every run.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import pathlib
 import random
@@ -39,6 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 WARM, GROUP = 2, 8
 OURS = {  # ranks, settings
     "1 rank": (1, ["--num_generators=0"]),
+    "masked": (1, ["--num_generators=0", "--equal_rewards=mask"]),
     "1 + 1": (2, []),
     "1 + 2": (3, []),
     "sleeps": (1, ["--num_generators=0", "--compile=true"]),
@@ -71,8 +74,7 @@ def listed(cfg):
         def problem(self, step, slot, attempt=0) -> dict:
             return self.train[step * self.cfg.prompts_per_step + slot]
 
-    task = Listed(cfg)
-    task.train = json.loads(pathlib.Path(cfg.task_data).read_text())
+    task, Listed.train = Listed(cfg), json.loads(pathlib.Path(cfg.task_data).read_text())
     task.heldout = task.train[:1]
     return task
 
@@ -86,30 +88,23 @@ def peer(args):
 
     spent = {}
 
-    def timed(name: str, function):
-        def call(*given, **named):
-            start = now()
-            made = function(*given, **named)
-            spent[name] = spent.get(name, 0.0) + now() - start
-            return made
-
-        return call
-
     def now() -> float:
         if args.cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def reward(completions, answer=None, **_) -> list[float]:
-        found = list(map(worth, completions, answer or [""] * len(completions)))
-        spent["reward"] = statistics.mean(found)
-        return found
-
-    class Timed(GRPOTrainer):
-        def _generate_single_turn(self, *given, **named):
-            made = timed("generate_s", super()._generate_single_turn)(*given, **named)
-            spent["tokens"] = sum(map(len, made[0]))
+    def timed(name: str, function):
+        def call(*given, **named):
+            start, made = now(), function(*given, **named)
+            spent[name] = spent.get(name, 0.0) + now() - start
             return made
+
+        return call
+
+    def reward(completions, completion_ids, answer=None, **_) -> list[float]:
+        found = list(map(worth, completions, answer or [""] * len(completions)))
+        spent.update(reward=statistics.mean(found), tokens=sum(map(len, completion_ids)))
+        return found
 
     class Ticks(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -139,19 +134,19 @@ def peer(args):
     how |= {"vllm_max_model_length": args.prompt + args.new}
     how |= {"model_init_kwargs": {"dtype": "bfloat16" if args.cuda else "float32"}}
     how |= PEERS[args.kind] | json.loads(args.more or "{}")
-    if args.use == "gpu":  # no reply ends before its time
-        no_end = {"ignore_eos": True} if how["use_vllm"] else {"min_new_tokens": args.new}
-        how["generation_kwargs"] = no_end
+    no_end = {"ignore_eos": True} if how["use_vllm"] else {"min_new_tokens": args.new}
+    how["generation_kwargs"] = no_end if args.use == "gpu" else None
     if how["use_vllm"] and not args.cuda:
         from engine import ENVIRONMENT, keep_linear_weights
 
         os.environ |= ENVIRONMENT
         keep_linear_weights()
     data = Dataset.from_list(json.loads((args.folder / "prompts.json").read_text()))
-    trainer = Timed(str(args.folder / "model"), reward, GRPOConfig(**how), data)
+    trainer = GRPOTrainer(str(args.folder / "model"), reward, GRPOConfig(**how), data)
+    trainer._generate_single_turn = timed("generate_s", trainer._generate_single_turn)
     if how["use_vllm"]:
-        engine = trainer.vllm_generation
-        engine.sync_weights = timed("sync_s", engine.sync_weights)
+        made = trainer.vllm_generation
+        made.sync_weights = timed("sync_s", made.sync_weights)
     trainer.add_callback(Ticks())
     trainer.train()
 
@@ -161,18 +156,13 @@ def peer(args):
 
 def processor_seconds(root: int) -> float:
     """Of a process and of all below it, those that have ended included."""
-    above, spent = {}, {}
-    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has just ended
-            continue
-        above[int(path.parent.name)] = int(fields[1])
-        spent[int(path.parent.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-    family = {root}
-    while more := {p for p, parent in above.items() if parent in family} - family:
-        family |= more
-    return sum(spent.get(p, 0.0) for p in family)
+    import psutil
+
+    total, first = 0.0, psutil.Process(root)
+    for process in (first, *first.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])  # user, system, and those of what has ended
+    return total
 
 
 def watch(command: list[str], file: pathlib.Path, args) -> dict:
@@ -208,15 +198,15 @@ def watch(command: list[str], file: pathlib.Path, args) -> dict:
 
 def ours(args, kind: str, folder: pathlib.Path) -> dict:
     ranks, more = OURS[kind]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={ranks}", "grpo.py", f"--model={args.folder}/model"]
-    command += [f"--task={__file__}:listed", f"--task_data={args.folder}/prompts.json"]
-    command += [f"--steps={args.steps}", f"--prompts_per_step={args.prompts}", "--eval_size=0"]
-    command += [f"--group_size={GROUP}", f"--max_prompt_tokens={args.prompt}", "--max_turns=1"]
-    command += [f"--max_new_tokens={args.new}", f"--lr={args.lr}", "--lr_schedule=constant"]
-    command += ["--save_every=0", f"--tokens_per_microbatch={args.tokens}", f"--run_dir={folder}"]
-    command += [f"--gpu_memory_utilization={args.share}"] if args.share else []
-    return watch([*command, *more, *args.ours.split()], folder / "metrics.jsonl", args)
+    how = {"model": args.folder / "model", "task": f"{__file__}:listed", "steps": args.steps}
+    how |= {"task_data": args.folder / "prompts.json", "prompts_per_step": args.prompts}
+    how |= {"group_size": GROUP, "max_prompt_tokens": args.prompt, "max_new_tokens": args.new}
+    how |= {"max_turns": 1, "lr": args.lr, "lr_schedule": "constant", "eval_size": 0}
+    how |= {"save_every": 0, "tokens_per_microbatch": args.tokens, "run_dir": folder}
+    how |= {"gpu_memory_utilization": args.share or 0.3}
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    command += ["--standalone", "grpo.py", *(f"--{k}={v}" for k, v in how.items()), *more]
+    return watch([*command, *args.ours.split()], folder / "metrics.jsonl", args)
 
 
 def theirs(args, kind: str, folder: pathlib.Path) -> dict:
@@ -225,11 +215,9 @@ def theirs(args, kind: str, folder: pathlib.Path) -> dict:
     for rows, checkpointing in [*((n, []) for n in sizes), (sizes[0], ["--checkpointing"])]:
         file = folder / f"{rows}{'-'.join(checkpointing)}.jsonl"
         command = [args.python, __file__, str(args.out), args.use, f"--shape={args.shape}"]
-        command += [f"--steps={args.steps}", f"--lr={args.lr}", f"--rows={rows}", f"--file={file}"]
+        command += [f"--steps={args.steps}", f"--rows={rows}", f"--file={file}"]
         command += [f"--kind={kind}", f"--more={args.more}", *checkpointing]
-        found = watch(command, file, args) | {
-            "rows": f"{rows} {'checkpointing' * len(checkpointing)}"
-        }
+        found = {**watch(command, file, args), "rows": " ".join([rows, *checkpointing])}
         if found.get("failed") != "out of memory":
             break
         print(f"GRPOTrainer, {kind}: {found['rows']} rows at once do not fit", flush=True)
@@ -263,7 +251,7 @@ def prepare(args):
         made = [{**x, "answer": x["answer"][1:]} for x in (task.problem(0, i) for i in range(n))]
         if not model.exists():
             (data := args.folder / "sums.jsonl").write_text("\n".join(map(written, task.train)))
-            how = [f"--data={data}", "--max_tokens=48", "--steps=200", "--save_every=0"]
+            how = [f"--data={data}", "--max_tokens=48", "--steps=350", "--save_every=0"]
             torchrun(1, "sft.py", *how, f"--run_dir={args.folder}/sft")
             model.symlink_to(args.folder / "sft/model")
     (args.folder / "prompts.json").write_text(json.dumps(made))
@@ -280,10 +268,11 @@ def written(problem: dict) -> str:
 
 
 def table(runs: list[dict]) -> str:
-    """Medians over the rounds, and as multiples of the first trainer's."""
+    """Medians over the rounds; times: of what the first trainer took in the same round."""
     columns = ("trainer", "seconds a step", "times", "processor s a step", "times", "generate")
     columns += ("train", "sync", "tokens a step", "reward", "rows at once")
     lines, first = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"], {}
+    first |= {x["round"]: x for x in reversed(runs)}
     for name in dict.fromkeys(x["name"] for x in runs):
         every = [x for x in runs if x["name"] == name]
         good = [x for x in every if "failed" not in x]
@@ -293,8 +282,8 @@ def table(runs: list[dict]) -> str:
             cells.append(f"{statistics.median(values):,.{0 if key == 'tokens' else 3}f}")
             if key in ("wall_s", "cpu_s"):
                 cells[-1] += f" ({min(values):.3f} to {max(values):.3f})" * (len(values) > 1)
-                base = first.setdefault(key, statistics.median(values))
-                cells.append(f"{statistics.median(values) / base:.2f}")
+                times = [x[key] / first[x["round"]].get(key, math.nan) for x in good]
+                cells.append(f"{statistics.median(times):.2f}")
         cells += [good[0].get("rows", "")] if good else [""] * (len(columns) - 2)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -305,41 +294,35 @@ def main():
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("use", choices=["cpu", "gpu"])
     parser.add_argument("--shape", default="qwen3-1.7b", help="of gpu: of benchmarks/generation.py")
-    parser.add_argument("--mine", default="", help="of OURS, with commas; none: -")
-    parser.add_argument("--peers", default="", help="of PEERS, with commas; none: -")
     parser.add_argument("--python", default=sys.executable, help="the Python that has trl")
-    parser.add_argument("--steps", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=0, help="of our micro-batches")
-    parser.add_argument("--rows", default="", help="the peer's at once; what to try next")
-    parser.add_argument("--lr", type=float, default=0.0)
-    parser.add_argument("--ours", default="", help="more settings of ours")
-    parser.add_argument("--more", default="", help="more settings of the peer, as JSON")
     parser.add_argument("--timeout", type=float, default=600, help="seconds of one run")
-    for name in ("kind", "file"):
-        parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
+    for name in ("steps", "rounds"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+    texts = {"mine": "of OURS, with commas; none: -", "peers": "of PEERS", "kind": "", "file": ""}
+    texts |= {"ours": "more settings of ours", "more": "more of the peer's, as JSON"}
+    texts |= {"rows": "the peer's at once; what to try next"}
+    for name, text in texts.items():
+        parser.add_argument(f"--{name}", default="", help=text or argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     import torch
 
     cpu, args.out, args.cuda = args.use == "cpu", args.out.resolve(), torch.cuda.is_available()
-    tiny, memory = cpu or args.shape == "tiny", 0
-    if args.cuda:
-        memory = torch.cuda.get_device_properties(0).total_memory
-    large = memory > 100e9
+    memory = torch.cuda.get_device_properties(0).total_memory if args.cuda else 0
+    tiny, large = cpu or args.shape == "tiny", memory > 100e9
     args.share = 32e9 / memory if memory else 0.0  # an engine's, for all rows at once
     args.folder = args.out / ("cpu" if cpu else args.shape)
     args.prompts = 16 if cpu else 4 if tiny else 32
     args.prompt, args.new = (8, 34) if cpu else (128, 16 if tiny else 512)
     args.rows = args.rows or ("128" if cpu else "32" if tiny else "32,16,8" if large else "16,8")
-    args.tokens = args.tokens or (4096 if tiny else 640 * (32 if large else 26))
-    args.lr, args.steps = args.lr or (1e-4 if cpu else 1e-6), args.steps or (12 if cpu else 5)
+    args.tokens = 4096 if tiny else 640 * (32 if large else 26)
+    args.lr, args.steps = 1e-4 if cpu else 1e-6, args.steps or (12 if cpu else 5)
     if args.kind:
         peer(args)
         sys.stdout.flush()
         os._exit(0)
     prepare(args)
-    mine = args.mine or ("1 rank,1 + 1,1 + 2" if cpu else "sleeps,awake" if large else "sleeps")
+    mine = args.mine or ("1 rank,masked,1 + 1,1 + 2" if cpu else "sleeps")
     peers, runs = args.peers or ("plain" if cpu else "plain,liger"), []
     for i in range(args.rounds or (3 if cpu else 1)):
         both = ("nanoforge", ours, mine), ("GRPOTrainer", theirs, peers)
