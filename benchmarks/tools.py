@@ -5,9 +5,10 @@ against the same episodes with an answer at once.
 
 A random model of so many words ends a turn after about as many tokens. 4 x max_num_seqs episodes
 are admitted, of which the engine runs max_num_seqs; the others are with their tools, in an `async`
-function that sleeps. Four suffice where the tool takes less than three times a turn in the engine.
-One rank generates, one trains at a rate of 0; age 1, so that a batch's end does not empty the
-engine. The rate is over the engine's busy and idle time.
+function that sleeps. Four suffice where the tool takes less than three times a turn in the engine:
+the table says how long one takes. All rewards are 0 and equal groups are left out, so the trainer
+has nothing to do and the engine never waits for it; age 1, so that a batch's end does not empty it.
+The rate is over the engine's busy and idle time.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import sys
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 TASK = '''
-import asyncio, random
+import asyncio
 import tasks
 
 
@@ -32,14 +33,14 @@ class Waits(tasks.Task):
     def __init__(self, cfg):
         super().__init__(cfg)
         self.train = [{"prompt": f"{i % 100} {i // 100}"} for i in range(9999)]
-        self.heldout, self.rewards = self.train[:1], [self.luck]
+        self.heldout, self.rewards = self.train[:1], [self.nothing]
 
     async def reply(self, episode):
         await asyncio.sleep(self.wait)
         return "1"
 
-    async def luck(self, episode):
-        return random.random()
+    async def nothing(self, episode):
+        return 0.0
 '''
 
 
@@ -77,13 +78,16 @@ def main():
         ]
         command += [f"--prompts_per_step={args.max_num_seqs}", "--max_turns=3", "--eval_size=0"]
         command += [f"--max_new_tokens={args.tokens}", "--max_policy_age=1", "--save_every=0"]
+        command += ["--equal_rewards=mask"]
         subprocess.run(command, cwd=HERE.parent, check=True, capture_output=True)
         lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
         kept = [x for x in lines if "loss" in x][1:-1]  # the first holds the start
         spent = sum(x["generate_s"] + x["idle_generator_s"] for x in kept)
-        rates[wait] = sum(x["tokens"] for x in kept) / spent
-        turns = statistics.fmean(x["length"] for x in kept)
-        print(f"a tool of {wait:g} s: {rates[wait]:,.0f} tokens/s, {turns:.0f} tokens an episode")
+        length = statistics.fmean(x["length"] for x in kept)
+        rates[wait] = 4 * args.max_num_seqs * length * len(kept) / spent
+        turn = args.vocabulary / rates[0.0] * args.max_num_seqs
+        what = f"{length:.0f} tokens an episode, a turn takes {turn:.2f} s without a tool"
+        print(f"a tool of {wait:g} s: {rates[wait]:,.0f} tokens/s ({what})")
     print(f"with the tool: {rates[args.seconds] / rates[0.0]:.1%} of the rate without")
 
 
