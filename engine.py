@@ -169,13 +169,17 @@ class Writes(TorchDispatchMode):
 
 
 def keep_bare_logprobs():
-    """vLLM's lists and ranks of a log-prob take longer than computing it: keep the number alone."""
+    """vLLM's arrays and ranks of a log-prob take longer than computing it: keep the number alone."""
     from vllm.v1.engine.logprobs import LogprobsProcessor
+    from vllm.v1.outputs import LogprobsTensors
+
+    class Bare(list):
+        slice_request = lambda self, row, count: self[row : row + count]  # noqa: E731
 
     def update(self, output):
-        if output.new_logprobs is not None:
-            self.logprobs += output.new_logprobs.logprobs[:, 0].tolist()
+        self.logprobs += output.new_logprobs or ()
 
+    LogprobsTensors.tolists = lambda self, *_: Bare(self.logprobs[:, 0].tolist())
     LogprobsProcessor.update_from_output = update
 
 

@@ -160,10 +160,8 @@ class Generator:
         """The next slot of a batch, None after the last: from a counter in torchrun's store, so
         that engines finish together; `deterministic` deals them out."""
         engines, taken = len(self.world.engines), self.taken.get(batch, 0)
-        if self.cfg.deterministic or engines == 1:
-            slot = taken * engines + self.world.engine
-        else:
-            slot = self.world.count(f"slots/{batch}")
+        dealt = self.cfg.deterministic or engines == 1
+        slot = taken * engines + self.world.engine if dealt else self.world.count(f"slots/{batch}")
         self.taken[batch] = taken + 1
         return slot if slot < self.cfg.prompts_per_step else None
 

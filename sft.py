@@ -113,15 +113,16 @@ def main(cfg: Config, world, run):
     trainer, n = Trainer(cfg, world, tokenizer), cfg.tokens_per_microbatch
     heldout = {k: gather(data.heldout[k] if data else Rollouts(), world, n) for k in names}
     steps = range(run.resume(trainer), cfg.steps)
-    batches = (gather(data.batch(k) if data else Rollouts(), world, n) for k in steps)
-    ahead = [next(batches, None)]  # each trainer has its share of the next batch by then
+    more = (
+        gather(data.batch(k) if data else Rollouts(), world, n) for k in steps
+    )  # each its share
+    ahead = [next(more, None)]
 
     for step in steps:
         rollouts = ahead.pop()
         if rollouts.stop:
             return run.stopped(trainer, step, rollouts)
-        more = lambda: ahead.append(next(batches, None))  # noqa: E731
-        metrics = trainer.step(rollouts, sft_loss, meanwhile=more)
+        metrics = trainer.step(rollouts, sft_loss, meanwhile=lambda: ahead.append(next(more, None)))
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and heldout:
             metrics |= trainer.evaluate(heldout, sft_loss)
         run.log(step, metrics, rollouts)
