@@ -169,7 +169,7 @@ class Writes(TorchDispatchMode):
 
 
 def keep_bare_logprobs():
-    """vLLM's arrays and ranks of a log-prob take longer than computing it: keep the number alone."""
+    """vLLM's arrays and ranks of a log-prob cost more than computing it: keep the number alone."""
     from vllm.v1.engine.logprobs import LogprobsProcessor
     from vllm.v1.outputs import LogprobsTensors
 

@@ -113,10 +113,8 @@ def main(cfg: Config, world, run):
     trainer, n = Trainer(cfg, world, tokenizer), cfg.tokens_per_microbatch
     heldout = {k: gather(data.heldout[k] if data else Rollouts(), world, n) for k in names}
     steps = range(run.resume(trainer), cfg.steps)
-    more = (
-        gather(data.batch(k) if data else Rollouts(), world, n) for k in steps
-    )  # each its share
-    ahead = [next(more, None)]
+    more = (gather(data.batch(k) if data else Rollouts(), world, n) for k in steps)
+    ahead = [next(more, None)]  # each trainer's share of the next batch, while a GPU works
 
     for step in steps:
         rollouts = ahead.pop()
