@@ -177,9 +177,10 @@ def keep_bare_logprobs():
         slice_request = lambda self, row, count: self[row : row + count]  # noqa: E731
 
     def update(self, output):
-        self.logprobs += output.new_logprobs or ()
+        if output.new_logprobs:
+            self.logprobs += output.new_logprobs
 
-    LogprobsTensors.tolists = lambda self, *_: Bare(self.logprobs[:, 0].tolist())
+    LogprobsTensors.tolists = lambda self: Bare(self.logprobs[:, 0].tolist())
     LogprobsProcessor.update_from_output = update
 
 

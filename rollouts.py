@@ -121,7 +121,8 @@ class Row:
         self.append(tokens, mask, logprobs, versions, [self.turn] * len(tokens))
 
     def append(self, *values: list):
-        for name, more in zip(PER_TOKEN, values, strict=True):
+        assert len({*map(len, values)}) == 1, "every token has its log-prob, mask, version, turn"
+        for name, more in zip(PER_TOKEN, values):
             getattr(self, name).extend(more)
 
     def name(self) -> str:

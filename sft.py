@@ -112,15 +112,13 @@ def main(cfg: Config, world, run):
     cfg.steps, names = world.agree(data and (data.steps, list(data.heldout)))
     trainer, n = Trainer(cfg, world, tokenizer), cfg.tokens_per_microbatch
     heldout = {k: gather(data.heldout[k] if data else Rollouts(), world, n) for k in names}
-    steps = range(run.resume(trainer), cfg.steps)
-    more = (gather(data.batch(k) if data else Rollouts(), world, n) for k in steps)
-    ahead = [next(more, None)]  # each trainer's share of the next batch, while a GPU works
+    start = run.resume(trainer)
 
-    for step in steps:
-        rollouts = ahead.pop()
+    for step in range(start, cfg.steps):
+        rollouts = gather(data.batch(step) if data else Rollouts(), world, n)  # each its share
         if rollouts.stop:
             return run.stopped(trainer, step, rollouts)
-        metrics = trainer.step(rollouts, sft_loss, meanwhile=lambda: ahead.append(next(more, None)))
+        metrics = trainer.step(rollouts, sft_loss)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and heldout:
             metrics |= trainer.evaluate(heldout, sft_loss)
         run.log(step, metrics, rollouts)

@@ -81,9 +81,9 @@ class Trainer:
         self, rollouts: Rollouts, loss_fn, divisor=None, meanwhile=lambda: None
     ) -> dict[str, float]:
         """The optimizer steps of a gathered batch: one for each of its mini-batches, times
-        `epochs_per_batch`. `loss_fn(logprobs, rows, cfg)` returns sums, which `divisor(table, cfg)`
-        divides, by the mini-batch's small columns (default: its sampled tokens). `meanwhile()` runs
-        while a GPU works. Returns metrics, equal on every trainer: means per sampled token."""
+        `epochs_per_batch`. `loss_fn(logprobs, rows, cfg)` returns sums; `divisor(table, cfg)` is
+        what they are divided by, from the small columns of the whole mini-batch (default: its
+        sampled tokens). Returns metrics, equal on every trainer: means per sampled token."""
         if not self.world.trains:
             return {}
         with self.world.span("train"):

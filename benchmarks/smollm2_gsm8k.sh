@@ -11,7 +11,7 @@ run="python3 -m torch.distributed.run --standalone --nproc_per_node=1"
 if [ $tool = before ]; then
     start=$model tool=no grpo="$grpo --steps=1 --prompts_per_step=1 --group_size=2"
 else
-    form=with_tool; [ $tool = yes ] || form=without_tool
+    form="with_tool --max_bad=0.07"; [ $tool = yes ] || form=without_tool
     $run sft.py --config configs/sft/smollm2_135m_gsm8k.yaml --model="$model" --data="$data" --form=examples/maths_tool.py:$form --seed=$seed \
         --run_dir="$out/sft-$name" $sft
     start="$out/sft-$name/model"

@@ -2,6 +2,7 @@
 
     python benchmarks/step_peer.py OUT cpu --python=PEER     # processor seconds of a step
     python benchmarks/step_peer.py OUT gpu                   # one GPU: seconds of a step
+    python benchmarks/step_peer.py OUT gpu --gpus=2          # two
     python benchmarks/step_peer.py OUT gpu --shape=tiny --python=PEER     # a CPU, to try it
 
 Each trainer runs in a process of its own, turn and turn about. PEER is the Python that has trl
@@ -46,6 +47,9 @@ OURS = {  # ranks, settings
     "1 + 2": (3, []),
     "sleeps": (1, ["--num_generators=0", "--compile=true"]),
     "awake": (1, ["--num_generators=0", "--compile=true", "--sleep=no"]),
+    "2 colocated": (2, ["--num_generators=0", "--compile=true", "--sleep=no"]),
+    "1 + 1, age 0": (2, ["--compile=true"]),
+    "1 + 1, age 1": (2, ["--compile=true", "--max_policy_age=1"]),
 }
 PEERS = {
     "plain": {},
@@ -115,8 +119,10 @@ def peer(args):
             line = {"sync_s": 0.0, **spent, "step_s": self.at - before}
             line["generate_s"] -= line["sync_s"]
             line["train_s"] = line["step_s"] - line["generate_s"] - line["sync_s"]
-            with open(args.file, "a") as f:
-                f.write(json.dumps(line) + "\n")
+            if os.environ.get("RANK", "0") == "0":  # all ranks have as many rows
+                line["tokens"] *= args.gpus
+                with open(args.file, "a") as f:
+                    f.write(json.dumps(line) + "\n")
             spent.clear()
 
     rows = int(args.rows)
@@ -127,7 +133,7 @@ def peer(args):
     how |= {"num_generations": GROUP, "max_completion_length": args.new, "epsilon_high": 0.28}
     how |= {"shuffle_dataset": False, "vllm_importance_sampling_correction": False, "bf16": False}
     how |= {"per_device_train_batch_size": rows, "use_cpu": not args.cuda, "report_to": "none"}
-    how |= {"gradient_accumulation_steps": args.prompts * GROUP // rows}
+    how |= {"gradient_accumulation_steps": args.prompts * GROUP // rows // args.gpus}
     how |= {"dataloader_pin_memory": args.cuda, "gradient_checkpointing": args.checkpointing}
     how |= {"use_vllm": args.cuda, "vllm_enable_sleep_mode": args.cuda}
     how |= {"vllm_gpu_memory_utilization": args.share or 0.3}
@@ -214,7 +220,9 @@ def theirs(args, kind: str, folder: pathlib.Path) -> dict:
     sizes = args.rows.split(",")
     for rows, checkpointing in [*((n, []) for n in sizes), (sizes[0], ["--checkpointing"])]:
         file = folder / f"{rows}{'-'.join(checkpointing)}.jsonl"
-        command = [args.python, __file__, str(args.out), args.use, f"--shape={args.shape}"]
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}"]
+        command = [args.python, *(launch if args.gpus > 1 else []), __file__, str(args.out)]
+        command += [args.use, f"--shape={args.shape}", f"--gpus={args.gpus}"]
         command += [f"--steps={args.steps}", f"--rows={rows}", f"--file={file}"]
         command += [f"--kind={kind}", f"--more={args.more}", *checkpointing]
         found = {**watch(command, file, args), "rows": " ".join([rows, *checkpointing])}
@@ -296,9 +304,15 @@ def main():
     parser.add_argument("--shape", default="qwen3-1.7b", help="of gpu: of benchmarks/generation.py")
     parser.add_argument("--python", default=sys.executable, help="the Python that has trl")
     parser.add_argument("--timeout", type=float, default=600, help="seconds of one run")
+    parser.add_argument("--gpus", type=int, default=1)
     for name in ("steps", "rounds"):
         parser.add_argument(f"--{name}", type=int, default=0)
-    texts = {"mine": "of OURS, with commas; none: -", "peers": "of PEERS", "kind": "", "file": ""}
+    texts = {
+        "mine": "of OURS, with semicolons; none: -",
+        "peers": "of PEERS",
+        "kind": "",
+        "file": "",
+    }
     texts |= {"ours": "more settings of ours", "more": "more of the peer's, as JSON"}
     texts |= {"rows": "the peer's at once; what to try next"}
     for name, text in texts.items():
@@ -322,11 +336,12 @@ def main():
         sys.stdout.flush()
         os._exit(0)
     prepare(args)
-    mine = args.mine or ("1 rank,masked,1 + 1,1 + 2" if cpu else "sleeps")
-    peers, runs = args.peers or ("plain" if cpu else "plain,liger"), []
+    two = "2 colocated;1 + 1, age 0;1 + 1, age 1" if args.gpus == 2 else "awake"
+    mine = args.mine or ("1 rank;masked;1 + 1;1 + 2" if cpu else two)
+    peers, runs = args.peers or ("plain" if cpu else "plain;liger"), []
     for i in range(args.rounds or (3 if cpu else 1)):
         both = ("nanoforge", ours, mine), ("GRPOTrainer", theirs, peers)
-        for who, run, kind in ((w, r, k) for w, r, ks in both for k in ks.split(",") if k != "-"):
+        for who, run, kind in ((w, r, k) for w, r, ks in both for k in ks.split(";") if k != "-"):
             folder = args.folder / f"{who}-{kind.replace(' ', '')}-{i}"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()

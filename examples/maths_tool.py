@@ -4,14 +4,16 @@
         --task_data=FOLDER --max_turns=3 --max_prompt_tokens=512 --max_new_tokens=768
     ... --task=examples/maths_tool.py:CountdownWithPython
     torchrun --nproc_per_node=2 sft.py --model=... --data=FOLDER \
-        --form=examples/maths_tool.py:with_tool     # or without_tool: GSM8K's answers as chats
+        --form=examples/maths_tool.py:without_tool  # GSM8K's answers as chats
+    ... --form=examples/maths_tool.py:with_tool --max_bad=0.07  # 472 of 7,473 make no program
 
-A message with a block of Python (```python ... ```) and no answer is a call: the program runs in
-bubblewrap (examples/python_tool.py), and what it prints is the user's next message. The answer is
-the last number behind `Answer:` for GSM8K, the expression in <answer> tags for countdown.
+A message with a block of Python (```python ... ```) is a call: the program runs in bubblewrap
+(examples/python_tool.py), and what it prints is the user's next message. The answer is the last
+number behind `Answer:` for GSM8K, the expression in <answer> tags for countdown.
 """
 
 import functools
+import json
 import re
 
 from examples import forms
@@ -88,19 +90,25 @@ class GSM8KWithPython(WithPython, GSM8K):
 
 
 def shown(tool: bool, rows: dict, numbers, place: str, **how) -> dict[str, list]:
-    """A form for sft.py: GSM8K's rows as the conversations that the task has."""
-    made = [
-        unpack(dict(zip(rows, values)), place, i)[1] for i, *values in zip(numbers, *rows.values())
-    ]
-    chats = [e and GSM8KWithPython.conversation(e["question"], e["answer"], tool) for e in made]
-    kept = {i: chat for i, chat in zip(numbers, chats) if chat}
-    return forms.encode({"messages": [*kept.values()]}, [*kept], place, **how)
+    """A form for sft.py: GSM8K's rows as the conversations that the task has. A row of another kind
+    goes on as it is: forms.py says what is wrong with it."""
+    texts = []
+    for values in zip(*rows.values()):
+        row = dict(zip(rows, values))
+        try:
+            example = unpack(row, place, 1)[1]
+            chat = GSM8KWithPython.conversation(example["question"], example["answer"], tool)
+            texts.append(json.dumps({"messages": chat} if chat else {"no program": example}))
+        except Exception:
+            texts.append(row["jsonl"] if "jsonl" in row else json.dumps(row))
+    return forms.encode({"jsonl": texts}, numbers, place, **how)
 
 
 with_tool, without_tool = functools.partial(shown, True), functools.partial(shown, False)
 
 
 class CountdownWithPython(WithPython, Countdown):
+    alone: str = Countdown.system
     system = (
         "You can write a Python program in a ```python block that searches; its output comes in the"
         " next message. Then give the expression inside <answer> tags, as <answer>3*4+5</answer>."

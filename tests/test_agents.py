@@ -225,8 +225,6 @@ def test_a_tasks_settings():
 
 
 CHAT = """
-import grpo
-import report
 import tasks
 
 

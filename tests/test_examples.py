@@ -148,11 +148,17 @@ def test_worked_answers_are_a_form_of_sft(tmp_path):
     made = [{"question": "1+2=", "answer": "<<1+2=3>>3\n#### 3"}]
     made += [{"question": "1", "answer": "#### 1"}]
     how = {"place": "here", "tokenizer": tokenizer, "loss_on": "assistant"}
+    bad = {"jsonl": ["", "{", json.dumps({"question": "1"})]}  # a blank line is none
+    why = [x for x in maths_tool.with_tool(bad, [0, 1, 2], **how)["bad"]]
+    assert len(why) == 2 and "here, line 2" in why[0] and "here, line 3" in why[1]
     as_text = {"jsonl": list(map(json.dumps, made))}
     columns = {k: [row[k] for row in made] for k in made[0]}
     for rows in (as_text, columns):
-        assert len(maths_tool.with_tool(rows, [0, 1], **how)["tokens"]) == 1
-        assert len(maths_tool.without_tool(rows, [0, 1], **how)["tokens"]) == 2
+        assert [bool(why) for why in maths_tool.with_tool(rows, [0, 1], **how)["bad"]] == [
+            False,
+            True,
+        ]
+        assert maths_tool.without_tool(rows, [0, 1], **how)["bad"] == ["", ""]
 
 
 def test_an_answer_is_the_last_number_of_the_last_message():
