@@ -65,7 +65,7 @@ class Config:
     epochs_per_batch: int = 1  # times that a batch is trained; at least 1
     minibatches: int = 1  # optimizer steps that a batch is split into, by prompts; at least 1
     overlong: Literal["train", "mask"] = "train"  # replies that were cut off
-    equal_rewards: Literal["train", "mask"] = "train"  # groups that teach nothing
+    equal_rewards: Literal["train", "mask", "skip"] = "train"  # skip: as train, uncomputed
     max_refills: int = 0  # times that a slot draws again when its group teaches nothing (DAPO)
     kl_coef: float = 0.0  # of the KL to the reference, in the loss; 0: no reference is loaded
     kl: Literal["k1", "k2", "k3"] = "k3"  # its estimator; the gradient of k1 is 0 on average
@@ -135,7 +135,8 @@ def check(cfg: Config, world):
     limits(cfg)
     find_task(cfg.task)
     cfg.model = cfg.model.removeprefix("hf://")
-    config, longest = check_config(cfg.model), cfg.max_prompt_tokens + cfg.max_new_tokens
+    longest = cfg.max_prompt_tokens + cfg.max_new_tokens
+    check_config(cfg.model, longest, f"max_prompt_tokens + max_new_tokens = {longest}")
     for path in {cfg.model, *frozen_models(cfg).values()}:  # a reference, a teacher
         check_config(path)
         if not has_weights(path) and not (cfg.random_init and path == cfg.model):
@@ -144,9 +145,6 @@ def check(cfg: Config, world):
         ours, theirs = (AutoTokenizer.from_pretrained(p, **safe).get_vocab() for p in both)
         if ours != theirs:
             raise UserError(f"{path}: its tokenizer is not that of model={cfg.model}")
-    if longest > (most := getattr(config, "max_position_embeddings", longest)):
-        what = f"max_prompt_tokens + max_new_tokens = {longest}"
-        raise UserError(f"{what}, but {cfg.model} has {most} positions")
 
 
 def find_loss(cfg: Config):

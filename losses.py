@@ -44,15 +44,18 @@ def row_weights(rollouts, cfg) -> torch.Tensor:
 
 
 def shares(rollouts, cfg) -> torch.Tensor:
-    """(N,) what each sampled token of a row counts in the loss's sum; 0 for rows of weight 0. token
-    and fixed: 1. sequence: 1 / tokens of the row. prompt: 1 / tokens of its group."""
+    """(N,) what each sampled token of a row counts in the loss's sum. token and fixed: 1. sequence:
+    1 / tokens of the row. prompt: 1 / tokens of its group. 0: the row is not computed, for its
+    weight is 0, or its advantage, where that is all there is to the loss (equal_rewards=skip)."""
     count = rollouts.sampled * rollouts.weight.double()  # (N,) tokens
     if cfg.aggregation == "prompt":
         _, group = torch.unique(rollouts.index, return_inverse=True)
         count = torch.bincount(group, count)[group]
     if cfg.aggregation in ("token", "fixed"):
         count = torch.ones_like(count)
-    return (rollouts.weight / count.clamp(min=1)).float()
+    skip = cfg.equal_rewards == "skip" and not (cfg.kl_coef or cfg.teacher)
+    taught = rollouts.advantage.any(1) if skip else 1
+    return (rollouts.weight * taught / count.clamp(min=1)).float()
 
 
 def divisor(table, cfg) -> float:

@@ -205,8 +205,8 @@ class Policy(nn.Module):
         return tuple(x.view(-1, pack.longest)[:b, :t] for x in laid)
 
 
-def check_config(path: str) -> AutoConfig:
-    """The model's configuration; UserError if there is none, or it is of a kind not covered."""
+def check_config(path: str, tokens: int = 0, what: str = "") -> AutoConfig:
+    """The configuration; UserError if there is none, it is not covered, or short of positions."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -216,6 +216,8 @@ def check_config(path: str) -> AutoConfig:
         raise UserError(f"model={path}: {why}") from None
     if why := unsupported(config):
         raise UserError(f"model={path}: {why}")
+    if tokens > (most := getattr(config, "max_position_embeddings", tokens)):
+        raise UserError(f"{what}, but {path} has {most} positions")
     return config
 
 

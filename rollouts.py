@@ -279,12 +279,12 @@ def tell(mine: Rollouts, world) -> str:
 
 def plan_batch(table: Rollouts, num_trainers: int, budget: int, minibatches: int) -> list:
     """plan[trainer][mini-batch][micro-batch] = row numbers, from the small columns. Writes
-    `minibatch`: whole groups, in the order of their slots. Rows of weight 0 are not trained."""
+    `minibatch`: whole groups, in the order of their slots. Rows of share 0 are not computed."""
     groups, group = torch.unique(table.index, return_inverse=True)
     table.minibatch = group * minibatches // max(len(groups), 1)  # (N,)
     plan = [[] for _ in range(num_trainers)]
     for k in range(minibatches):
-        rows = ((table.minibatch == k) & (table.weight > 0)).nonzero().flatten().tolist()
+        rows = ((table.minibatch == k) & (table.share > 0)).nonzero().flatten().tolist()
         for trainer, micro in zip(plan, pack(table.length[rows].tolist(), num_trainers, budget)):
             trainer.append([[rows[i] for i in numbers] for numbers in micro])
     return plan

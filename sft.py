@@ -91,10 +91,8 @@ def check(cfg: Config, world):
     if cfg.epochs and (cfg.streaming or not cfg.data):
         raise UserError(f"epochs={cfg.epochs:g}: of data without a known length; give --steps")
     cfg.model = cfg.model.removeprefix("hf://")
-    positions = getattr(check_config(cfg.model), "max_position_embeddings", cfg.max_tokens)
-    if cfg.max_tokens > positions:
-        raise UserError(f"max_tokens={cfg.max_tokens}, but {cfg.model} has {positions} positions")
-    if why := report.memory(cfg, world, check_config(cfg.model))[1]:
+    config = check_config(cfg.model, cfg.max_tokens, f"max_tokens={cfg.max_tokens}")
+    if why := report.memory(cfg, world, config)[1]:
         raise UserError(why)
 
 

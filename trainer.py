@@ -164,13 +164,12 @@ class Trainer:
 
     def finite(self, norms: list[torch.Tensor]) -> list[float]:
         """Those that moved something. The run ends after `max_skipped` others in a row."""
-        norms = [float(norm) for norm in norms]  # the same on every trainer
-        for norm in norms:
+        for norm in map(float, norms):  # the same on every trainer
             self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
             if self.skipped > self.cfg.max_skipped:
                 what = f"the gradient's norm is {norm}, {self.skipped} times in a row"
                 raise FloatingPointError(f"{what}: see samples.jsonl")
-        return [norm for norm in norms if math.isfinite(norm)]
+        return [norm for norm in map(float, norms) if math.isfinite(norm)]
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that training is, by name: tensors alone, for anything else would need pickle.
@@ -263,7 +262,7 @@ def reshard(policy):
 
 def sampled_tokens(table: Rollouts, cfg=None) -> float:
     """Tokens that count, from the small columns."""
-    return float((table.sampled * table.weight).sum())
+    return float((table.sampled * (table.share > 0)).sum())
 
 
 def nothing() -> Rollouts:

@@ -42,7 +42,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 WARM, GROUP = 2, 8
 OURS = {  # ranks, settings
     "1 rank": (1, ["--num_generators=0"]),
-    "masked": (1, ["--num_generators=0", "--equal_rewards=mask"]),
+    "skipped": (1, ["--num_generators=0", "--equal_rewards=skip"]),
     "1 + 1": (2, []),
     "1 + 2": (3, []),
     "sleeps": (1, ["--num_generators=0", "--compile=true"]),
@@ -337,7 +337,7 @@ def main():
         os._exit(0)
     prepare(args)
     two = "2 colocated;1 + 1, age 0;1 + 1, age 1" if args.gpus == 2 else "awake"
-    mine = args.mine or ("1 rank;masked;1 + 1;1 + 2" if cpu else two)
+    mine = args.mine or ("1 rank;skipped;1 + 1;1 + 2" if cpu else two)
     peers, runs = args.peers or ("plain" if cpu else "plain;liger"), []
     for i in range(args.rounds or (3 if cpu else 1)):
         both = ("nanoforge", ours, mine), ("GRPOTrainer", theirs, peers)

@@ -16,7 +16,7 @@ import losses
 import report
 from examples import distill
 from grpo import Config, find_loss
-from rollouts import Rollouts, Row, from_rows
+from rollouts import Rollouts, Row, from_rows, plan_batch
 from trainer import nothing
 
 log = math.log
@@ -185,6 +185,30 @@ def test_shares_and_divisor_by_hand(aggregation, shares, divisor):
     assert losses.divisor(table, cfg) == divisor
     table.weight[:] = 0  # nothing counts: no division by zero
     assert losses.shares(table, cfg).tolist() == [0] * 5 and losses.divisor(table, cfg) == 1
+
+
+@pytest.mark.parametrize("loss", losses.LOSSES)
+def test_a_row_that_is_skipped_would_have_added_nothing(loss):
+    """Same value, same gradient, same divisor without the rows whose advantage is 0; where there is
+    more to the loss than the advantage they stay."""
+    g, cfg = torch.Generator().manual_seed(0), configured(loss, max_new_tokens=9)
+    table = rewarded([1.0, 0.0, 2.0, 2.0], [4, 4, 9, 9], sampled=[3, 2, 1, 3])
+    table.advantage, table.length = losses.group_advantages(table, cfg.advantage), table.sampled + 1
+    table.logprobs = -torch.rand(table.mask.shape, generator=g) * table.mask
+    logprobs = table.logprobs + 0.3 * torch.randn(table.mask.shape, generator=g)
+    found = []
+    for kind in ("train", "skip"):
+        cfg.equal_rewards = kind
+        table.share = losses.shares(table, cfg)
+        x = logprobs.clone().requires_grad_()
+        value = losses.LOSSES[loss](x, table, cfg)[0] / losses.divisor(table, cfg)
+        value.backward()
+        found.append((value.item(), x.grad.tolist()))
+    assert (table.share > 0).tolist() == [True, True, False, False]
+    assert sorted(sum(plan_batch(table, 1, 99, 1)[0], [])) == [[0, 1]]
+    assert found[0] == found[1] and any(map(any, found[0][1]))
+    cfg.kl_coef = 0.1
+    assert all(losses.shares(table, cfg) > 0)
 
 
 @pytest.mark.parametrize(
