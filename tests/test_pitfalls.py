@@ -589,13 +589,16 @@ def test_24_kl_has_the_right_sign_and_counts_once():
     assert with_kl[1]["kl_ref"].item() == pytest.approx(once / 0.5, rel=1e-4)
     again = losses.group_advantages(rows, cfg.advantage)
     assert torch.equal(again, rows.advantage)  # nothing of it in there
+    each = (again * rows.mask).sum(1) / rows.mask.sum(1).clamp(min=1)
+    for group in rows.index.unique():  # by the rewards alone it is 0 on average
+        assert each[rows.index == group].mean().item() == pytest.approx(0, abs=1e-6)
 
 
 def test_25_same_seed_same_run(tiny, world, make_generator):
     """An unseeded shuffle makes no run repeatable; a mean over rewards changes their scale."""
     made = row(0, [5], [6])
     half = tasks.Task(None)
-    half.rewards = [lambda episode: 1.0, functools.partial(lambda x, episode: x, 0.5)]
+    half.rewards = [lambda episode: 1.0, functools.wraps(half.correct)(lambda episode: 0.5)]
     judge(half, made, may_go_on=False)
     assert from_rows([made], list(made.rewards)).reward.tolist() == [1.5]  # their sum
 
