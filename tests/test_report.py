@@ -158,7 +158,7 @@ def test_extremes_over_the_microbatches_of_a_step(world, tmp_path):
     trainer = Trainer(cfg, world)
     rows = Rollouts.blank(3, 4)
     rows.tokens, rows.length, rows.sampled = rows.tokens + 5, rows.length + 4, rows.sampled + 3
-    rows.mask[:, 1:], rows.weight = True, rows.weight + 1
+    rows.mask[:, 1:], rows.weight, rows.share = True, rows.weight + 1, rows.share + 1
     rows.minibatch, rows.all, rows.plan = torch.zeros(3, dtype=torch.long), rows, [[[0], [1], [2]]]
     values = iter([2.0, -7.0, 5.0])
 
