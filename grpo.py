@@ -65,7 +65,7 @@ class Config:
     epochs_per_batch: int = 1  # times that a batch is trained; at least 1
     minibatches: int = 1  # optimizer steps that a batch is split into, by prompts; at least 1
     overlong: Literal["train", "mask"] = "train"  # replies that were cut off
-    equal_rewards: Literal["train", "mask", "skip"] = "train"  # skip: as train, uncomputed
+    equal_rewards: Literal["train", "mask", "skip"] = "train"  # of groups; skip: train, uncomputed
     max_refills: int = 0  # times that a slot draws again when its group teaches nothing (DAPO)
     kl_coef: float = 0.0  # of the KL to the reference, in the loss; 0: no reference is loaded
     kl: Literal["k1", "k2", "k3"] = "k3"  # its estimator; the gradient of k1 is 0 on average

@@ -94,7 +94,8 @@ class Row:
     version: list[int] = field(default_factory=list)
     prompt_length: int = 0
     turn: int = 0
-    borders: list[tuple[int, int]] = field(default_factory=list)  # (tokens of the turn, version)
+    # Weights that came during this turn: (its tokens so far, version that made them).
+    borders: list[tuple[int, int]] = field(default_factory=list)
     finished: bool = False
     started: float = 0.0  # when, by time.monotonic
     turns: list[int] = field(default_factory=list)  # of each token, the number of its turn
@@ -121,6 +122,7 @@ class Row:
         self.append(tokens, mask, logprobs, versions, [self.turn] * len(tokens))
 
     def append(self, *values: list):
+        """What each of some more tokens has, in the order of PER_TOKEN."""
         assert len({*map(len, values)}) == 1, "every token has its log-prob, mask, version, turn"
         for name, more in zip(PER_TOKEN, values):
             getattr(self, name).extend(more)

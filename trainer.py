@@ -77,9 +77,7 @@ class Trainer:
         reshard(policy)
         return out
 
-    def step(
-        self, rollouts: Rollouts, loss_fn, divisor=None, meanwhile=lambda: None
-    ) -> dict[str, float]:
+    def step(self, rollouts: Rollouts, loss_fn, divisor=None) -> dict[str, float]:
         """The optimizer steps of a gathered batch: one for each of its mini-batches, times
         `epochs_per_batch`. `loss_fn(logprobs, rows, cfg)` returns sums; `divisor(table, cfg)` is
         what they are divided by, from the small columns of the whole mini-batch (default: its
@@ -113,7 +111,6 @@ class Trainer:
                     norms.append(self.update())
                 self.optimizer.zero_grad(set_to_none=True)
             self.version += 1
-            meanwhile()
             metrics, moved = self.reduce(sums), self.finite(norms)
             metrics["skipped"] = len(norms) - len(moved)
             metrics["tokens"] /= epochs
@@ -261,7 +258,7 @@ def reshard(policy):
 
 
 def sampled_tokens(table: Rollouts, cfg=None) -> float:
-    """Tokens that count, from the small columns."""
+    """Tokens of the rows that are computed, from the small columns."""
     return float((table.sampled * (table.share > 0)).sum())
 
 

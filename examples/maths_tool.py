@@ -22,6 +22,7 @@ from examples.gsm8k import GSM8K, number
 from examples.python_tool import check_sandbox, run_python
 from tasks import Episode, unpack
 
+NO_PROGRAM = "its steps make no program that prints the answer"
 PROGRAM = re.compile(r"```(?:python|py)?\n(.*?)```", re.DOTALL)
 
 
@@ -98,9 +99,9 @@ def shown(tool: bool, rows: dict, numbers, place: str, **how) -> dict[str, list]
         try:
             example = unpack(row, place, 1)[1]
             chat = GSM8KWithPython.conversation(example["question"], example["answer"], tool)
-            texts.append(json.dumps({"messages": chat} if chat else {"no program": example}))
+            texts.append(json.dumps({"messages": chat} if chat else {NO_PROGRAM: example}))
         except Exception:
-            texts.append(row["jsonl"] if "jsonl" in row else json.dumps(row))
+            texts.append(row["jsonl"] if "jsonl" in row else json.dumps(row, default=str))
     return forms.encode({"jsonl": texts}, numbers, place, **how)
 
 

@@ -458,6 +458,21 @@ def test_18_gradient_is_clipped(tiny, world, two_trainers):
         assert float(clipped.norm()) == pytest.approx(0.01, rel=1e-4)
 
 
+def test_rows_that_are_skipped_leave_the_gradient_as_it_is(tiny, world):
+    """A group of equal rewards: not computed, but in the divisor."""
+    found, tokens = [], []
+    for kind in ("train", "skip"):
+        cfg = settings(tiny("qwen2"), equal_rewards=kind)
+        table = batch(cfg)
+        table.advantage[:2] = 0
+        table.share = losses.shares(table, cfg)
+        whole, metrics = gradient(Trainer(cfg, world), table)
+        found.append(whole)
+        tokens.append(metrics["tokens"])
+    assert tokens[0] - tokens[1] == int(table.sampled[:2].sum()) > 0
+    assert found[0].norm() > 0.1 and torch.allclose(*found, rtol=1e-9, atol=1e-12)
+
+
 def test_19_packed_rows_do_not_see_each_other(tiny):
     """Attention that leaks over the rows of a pack gives log-probs that no sampler has."""
     model, cfg = policy(tiny("llama")), settings()
