@@ -2,6 +2,7 @@
 The first trainer alone reads. `datasets` tokenises a source once, in processes, and keeps what it
 made; a stream is tokenised as it comes. What a batch holds follows from settings and its number."""
 
+import concurrent.futures
 import itertools
 import math
 import pathlib
@@ -33,7 +34,8 @@ class Examples:
         self.end = math.ceil(cfg.epochs * len(self.table)) if cfg.epochs else None
         if cfg.epochs:  # the lengths alone say how many batches that makes
             self.steps = sum(1 for _ in self.batches(self.table.select_columns("length")))
-        self.coming = enumerate(self.batches(self.table))
+        self.coming, self.ahead = enumerate(self.batches(self.table)), {}
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
 
     def mix(self):
         """One table of all sources, every row once an epoch, or drawn by weights until each source
@@ -126,7 +128,12 @@ class Examples:
         yield batch
 
     def batch(self, step: int) -> Rollouts:
-        """The table of a step, for `gather`. What was trained before a resume is passed over."""
+        """The table of a step; earlier ones are passed over. A thread makes the next meanwhile."""
+        for n in range(step, min(step + 2, self.steps)):
+            self.ahead[n] = self.ahead.get(n) or self.thread.submit(self.read, n)
+        return self.ahead.pop(step).result()
+
+    def read(self, step: int) -> Rollouts:
         rows = next(rows for number, rows in self.coming if number == step)
         return to_table(rows, step, self.cfg.max_tokens)
 

@@ -1,6 +1,5 @@
 """One thread a rank says where the rank is, and looks at the next: nobody waits for the dead.
-torchrun sees a rank that exits, and no other fault. torchelastic's own timers must be switched on
-in torchrun's environment and kill without a word; torchft is for copies of a model."""
+torchrun sees a rank that exits, and no other fault."""
 
 import contextlib
 import datetime

@@ -102,13 +102,6 @@ def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
-    """total += a @ b; on a GPU within the product, without memory or a pass of its own."""
-    if a.is_cuda and a.dtype != total.dtype:
-        return aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
-    total += matmul_fp32(a, b)
-
-
 def absorb(state, logits, targets, temperature):
     """Fold logits (K, chunk) of some words into what is known of all, (K,) each: largest logit, sum
     of exp(logit - largest), that sum times the logits, the target's logit."""
@@ -143,6 +136,7 @@ class ChunkedHead(torch.autograd.Function):
         step = fused(absorb) if hidden.is_cuda else absorb
         for first in range(0, len(weight), chunk):
             logits = matmul_fp32(hidden, weight[first : first + chunk].T)  # (K, chunk)
+            torch._dynamo.mark_static(logits, 1)  # a chunk's width is a constant in the kernel
             state = step(state, logits, targets - first, temperature)
         top, total, product, chosen = state
         logsumexp = top + total.log()
@@ -161,8 +155,12 @@ class ChunkedHead(torch.autograd.Function):
         for first in range(0, len(weight), ctx.chunk):
             words, here = weight[first : first + ctx.chunk], targets - first
             logits = matmul_fp32(hidden, words.T)  # (K, chunk)
+            torch._dynamo.mark_static(logits, 1)
             d_logits = step(logits, here, ctx.temperature, logsumexp, grad, weight.dtype)
-            add_product(d_hidden, d_logits, words)
+            if weight.is_cuda and weight.dtype != grad.dtype:  # += within the product
+                aten.addmm.dtype_out(d_hidden, d_logits, words, grad.dtype, out=d_hidden)
+            else:
+                d_hidden += matmul_fp32(d_logits, words)
             if d_weight is not None:
                 torch.mm(d_logits.T, hidden, out=d_weight[first : first + ctx.chunk])
         return d_hidden.to(hidden.dtype), d_weight, None, None, None

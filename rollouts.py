@@ -202,8 +202,9 @@ def to_cells(table: Rollouts, rows: torch.Tensor) -> torch.Tensor:
     """The token columns of some rows, flat, without padding: (sum of lengths * 5,) int32."""
     if not len(rows):
         return torch.empty(0, dtype=torch.int32)
-    real = torch.arange(table.tokens.shape[1]) < table.length[rows, None]  # (rows, T)
-    bits = [getattr(table, k)[rows][real] for k in CELLS]
+    slots = torch.arange(width := table.tokens.shape[1])
+    at = (rows[:, None] * width + slots)[slots < table.length[rows, None]]  # in the flat (N, T)
+    bits = [getattr(table, k).flatten()[at] for k in CELLS]
     bits = [b.view(torch.int32) if b.is_floating_point() else b.int() for b in bits]
     return torch.stack(bits, 1).flatten()
 
@@ -211,11 +212,10 @@ def to_cells(table: Rollouts, rows: torch.Tensor) -> torch.Tensor:
 def from_cells(cells: torch.Tensor, table: Rollouts):
     """Fill the token columns of `table`, whose `length` says how the flat cells fall into rows."""
     real = torch.arange(int(table.length.max())) < table.length[:, None]  # (N, T)
-    blank = Rollouts.blank(*real.shape)
+    blank, at = Rollouts.blank(*real.shape), real.flatten().nonzero().flatten()
     for bits, (name, dtype) in zip(cells.view(-1, len(CELLS)).T.contiguous(), CELLS.items()):
-        column = getattr(blank, name)
-        column[real] = bits.view(torch.float32) if dtype.is_floating_point else bits.to(dtype)
-        setattr(table, name, column)
+        bits = bits.view(torch.float32) if dtype.is_floating_point else bits.to(dtype)
+        setattr(table, name, getattr(blank, name).put_(at, bits))
 
 
 def gather(rollouts: Rollouts, world, tokens_per_microbatch: int, minibatches: int = 1) -> Rollouts:
@@ -246,7 +246,7 @@ def gather(rollouts: Rollouts, world, tokens_per_microbatch: int, minibatches: i
         small = small.view(-1, width)  # (rows of all ranks, small columns)
         source = torch.repeat_interleave(torch.tensor(ranks), torch.tensor(counts))  # who holds it
         place = torch.cat([torch.arange(n) for n in counts])  # the row's number there
-        order = sorted(range(len(small)), key=lambda i: small[i, :2].tolist())
+        order = sorted(range(len(small)), key=small[:, :2].tolist().__getitem__)
         small, source, place = small[order].T, source[order], place[order]
         everyone = Rollouts(**{k: c.to(dtype) for (k, dtype), c in zip(SMALL.items(), small)})
         everyone.rewards = {k: c.float() for k, c in zip(rollouts.rewards, small[len(SMALL) :])}

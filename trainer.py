@@ -146,11 +146,9 @@ class Trainer:
         return {**out, **{k: total[k] for k in ("tokens", "loss") if k in total}}
 
     def update(self) -> torch.Tensor:
-        """Clip to `max_grad_norm` and step. Returns the norm before the clip, not waited for; if it
-        is not finite nothing moves."""
+        """Clip and step, if the norm is finite. Returns that of before the clip, not waited for."""
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters], foreach=True)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = get_total_norm([p.grad for p in parameters], foreach=True).full_tensor()
         if self.cfg.max_grad_norm > 0:
             clip_grads_with_norm_(parameters, self.cfg.max_grad_norm, norm, foreach=True)
         for group in self.optimizer.param_groups:
@@ -199,8 +197,7 @@ class Trainer:
             self.world.write = self.background.submit(self.write, *job)
 
     def write(self, state: dict, folder: pathlib.Path, step: int, finished):
-        """By a temporary name: a checkpoint is complete or absent, and what stood there before goes
-        last. In a thread, on a group that nothing else uses."""
+        """By a temporary name: complete or absent. In a thread, on a group of its own."""
         partial, old = folder / f"partial-{step}", folder / f"partial-old-{step}"
         sink = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
         try:
