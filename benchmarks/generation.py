@@ -71,6 +71,7 @@ def plain(args, model: pathlib.Path, words: int):
     )
     kinds = {"no log-probs": {}, "log-probs": {"logprobs": 0}}
     kinds["flat log-probs"] = {"logprobs": 0, "flat_logprobs": True}
+    kinds = {k: kinds[k] for k in args.kinds.split(",")}
     found = {}
     for n in args.rows:
         asked = [{"prompt_token_ids": p} for p in prompts(n, words)]
@@ -164,6 +165,7 @@ def main():
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--new", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--kinds", default="no log-probs,log-probs,flat log-probs", help="plain")
     parser.add_argument("--part", choices=["plain", "loop"])
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
@@ -193,7 +195,7 @@ def main():
     for n in args.rows:
         speeds = [found.get(f"{n} {k}", 0.0) for k in kinds]
         least = floor(n, args.new, sizes, words, found.get("card", ""))
-        shares = speeds[3] / max(speeds[1:3]), speeds[3] / speeds[0]
+        shares = (speeds[3] / s if s else float("nan") for s in (max(speeds[1:3]), speeds[0]))
         cells = [*(f"{s:,.0f}" for s in speeds), *(f"{s:.1%}" for s in shares)]
         print(f"| {n} | " + " | ".join(cells) + f" | {least:,.0f}, {speeds[3] / least:.0%} |")
 

@@ -24,6 +24,7 @@ RUNS = {  # name -> ranks, settings
     "1 + 1, age 0": (2, ["--num_generators=1"]),
     "1 + 1, age 1": (2, ["--num_generators=1", "--max_policy_age=1"]),
     "1 + 1, age 4": (2, ["--num_generators=1", "--max_policy_age=4"]),
+    "2 colocated, age 0": (2, ["--num_generators=0", "--sleep=no"]),
     "1 colocated, age 0": (1, ["--num_generators=0"]),
     "1 colocated, age 1": (1, ["--num_generators=0", "--max_policy_age=1", "--sleep=no"]),
     "2 + 1, one counter": (3, ["--num_generators=2", *LARGE]),
@@ -109,9 +110,9 @@ def plain(args, folder: pathlib.Path) -> float:
     return tokens / seconds
 
 
-def judge(folder: pathlib.Path) -> dict:
+def judge(folder: pathlib.Path, warm: int) -> dict:
     lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [x for x in lines if "reward" in x][1:]  # the first step holds the start of the engine
+    rows = [x for x in lines if "reward" in x][warm:]  # starts and compilations are in the first
 
     def total(*names):
         return sum(x.get(n, 0.0) for x in rows for n in names)
@@ -141,8 +142,10 @@ def main():
     parser.add_argument("--rows", default="8x4")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--warm", type=int, default=1, help="steps that are left out")
     parser.add_argument("--only", default=";".join(RUNS))
     parser.add_argument("--plain", type=pathlib.Path)
+    parser.add_argument("--alone", action="store_true", help="without LLM.generate")
     parser.add_argument("--places", type=int, default=256)
     args, args.more = parser.parse_known_args()
     out = args.out.resolve()
@@ -159,13 +162,15 @@ def main():
         torchrun(ranks, "grpo.py", *settings(args), *more, f"--run_dir={folder}")
         engines = ranks - 1 if ranks > 1 else 1
         places = 16 if more[-2:] == LARGE else 256
+        if args.alone:
+            peer[places] = float("nan")
         if places not in peer:  # the peer's batches are those of the first run of that shape
             again = [sys.executable, __file__, str(out), f"--plain={folder}", f"--places={places}"]
             again += [*sys.argv[2:], *([] if given else [f"--model={args.model}"])]
             said = subprocess.run(again, check=True, capture_output=True, text=True).stdout
             peer[places] = float(said.rpartition(": ")[2])
             print(f"LLM.generate, {places} places: {peer[places]:,.0f} tokens/s", flush=True)
-        d = judge(folder)
+        d = judge(folder, args.warm)
         share = d["stepping"] / engines / peer[places]
         busy, idle = (f"{x:.0%}" for x in d["generators"])
         train, wait, sync, other = (f"{x:.0%}" for x in d["trainers"])

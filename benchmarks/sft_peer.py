@@ -9,8 +9,8 @@ Each trainer runs in a process of its own. PEER is the Python that has trl (defa
 Rows: random words, lengths like Alpaca's (log-normal: prompts with a median of 45 tokens, replies
 of 60, deviations 0.5 and 1, at most 1,024 together). `curve`: fp32, batches of 16 rows; SFTTrainer
 once as it comes (4 x 4 padded rows, sdpa) and once without padding, in the attention function that
-we use ("packed" of model.py). `speed`: bf16, steps of 32,768 tokens in micro-batches of 16,384;
-SFTTrainer packs to 2,048 and takes 8 packs twice. Its kinds:
+we use ("packed" of model.py). `speed`: bf16, steps of 32,768 tokens in --micro=2 micro-batches of
+16,384; SFTTrainer packs to 2,048 and takes 8 packs twice. Its kinds:
 
     default   as it comes: sdpa, checkpointing on, weights in fp32, autocast to bf16
     best      our attention, no checkpointing, weights and AdamW in bf16
@@ -93,9 +93,19 @@ class Clock:
         return out
 
 
+def as_they_are(table: dict, numbers, **_) -> dict[str, list]:
+    """The form of `rows`, for data.py: tokens already."""
+    n = list(map(len, table["tokens"]))
+    first = [mask.index(True) for mask in table["mask"]]
+    return {**table, "length": n, "given": first, "bad": [""] * len(n)}
+
+
 def ours(args) -> dict:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
     import sft
-    from data import to_table
+    from data import Examples, to_table
     from rollouts import gather
     from runtime import World
     from trainer import Trainer
@@ -104,14 +114,23 @@ def ours(args) -> dict:
     world.connect()
     cfg = sft.Config(model=args.model, lr=args.lr, lr_schedule="constant", warmup_steps=0)
     cfg.beta2, cfg.weight_decay, cfg.tokens_per_microbatch = 0.999, 0.0, 2048
-    if args.what == "speed":
-        cfg.tokens_per_microbatch, cfg.compile = args.tokens // 2, torch.cuda.is_available()
+    if args.what == "speed":  # as a run reads them, from a file; rows come in another order then
+        cfg.compile = torch.cuda.is_available()
+        cfg.tokens_per_microbatch = args.tokens // args.micro
+        cfg.data, cfg.form = str(args.out / "rows.parquet"), f"{__file__}:as_they_are"
+        Dataset.from_list(list(itertools.chain(*batches(args)))).to_parquet(cfg.data)
+        cfg.tokens_per_step, cfg.max_tokens, cfg.eval_size = args.tokens, 1024, 0
+        cfg.steps = args.steps
+        data = Examples(cfg, AutoTokenizer.from_pretrained(ROOT / "assets/calculator"))
+    else:
+        tables = [to_table(batch, i, LONGEST) for i, batch in enumerate(batches(args))]
     trainer = Trainer(cfg, world)
     clock = Clock()
-    for step, batch in enumerate(batches(args)):
-        table = gather(to_table(batch, step, LONGEST), world, cfg.tokens_per_microbatch)
+    for step in range(args.steps):
+        made = data.batch(step) if args.what == "speed" else tables[step]
+        table = gather(made, world, cfg.tokens_per_microbatch)
         clock.losses.append(trainer.step(table, sft.sft_loss)["loss"])
-        clock.tokens.append(sum(len(row["tokens"]) for row in batch))
+        clock.tokens.append(int(table.all.length.sum()))
         clock.tick()
     return clock.told()
 
@@ -170,7 +189,7 @@ def peer(args) -> dict:
     how |= {
         "completion_only_loss": True,
         "train_sampling_strategy": "sequential",
-        "per_device_train_batch_size": args.tokens // 2 // LONGEST if speed else 4,
+        "per_device_train_batch_size": args.tokens // args.micro // LONGEST if speed else 4,
     }
     how |= {
         "max_length": LONGEST if speed else None,
@@ -178,7 +197,7 @@ def peer(args) -> dict:
     }
     how |= {"use_cpu": not torch.cuda.is_available()}
     if speed:
-        how |= {"packing": True, "gradient_accumulation_steps": 2, "bf16": True}
+        how |= {"packing": True, "gradient_accumulation_steps": args.micro, "bf16": True}
         how |= {"use_liger_kernel": kind in ("liger", "both", "masters")}
         how |= {"torch_compile": kind in ("compile", "both")}
     else:
@@ -232,7 +251,7 @@ def child(args, python: str, *command: str) -> dict:
     run = run if command[0] == "ours" else [python]
     run += [__file__, str(args.out), args.what, args.shape, f"--who={command[0]}"]
     run += [f"--kind={command[-1]}", f"--steps={args.steps}", f"--file={file}"]
-    run += [f"--tokens={args.tokens}", f"--lr={args.lr}"]
+    run += [f"--tokens={args.tokens}", f"--micro={args.micro}", f"--lr={args.lr}"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=args.timeout)
     if not file.exists():
@@ -264,7 +283,8 @@ def main():
     parser.add_argument("--peers", default="")
     parser.add_argument("--python", default=sys.executable, help="the Python that has trl")
     parser.add_argument("--steps", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=32768, help="of a step, in two micro-batches")
+    parser.add_argument("--tokens", type=int, default=32768, help="of a step")
+    parser.add_argument("--micro", type=int, default=2, help="micro-batches of a step")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--timeout", type=float, default=900)

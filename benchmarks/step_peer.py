@@ -176,6 +176,7 @@ def watch(command: list[str], file: pathlib.Path, args) -> dict:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     env |= {"TOKENIZERS_PARALLELISM": "false"} | ({} if args.cuda else {"OMP_NUM_THREADS": "1"})
     start, marks, log = time.monotonic(), [(0, 0.0, 0.0)], file.with_suffix(".log")
+    ended = False
     with open(log, "w") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out)
         while process.poll() is None:
@@ -183,6 +184,7 @@ def watch(command: list[str], file: pathlib.Path, args) -> dict:
             if done > marks[-1][0]:
                 marks.append((done, time.monotonic() - start, processor_seconds(process.pid)))
             if time.monotonic() - start > args.timeout:
+                ended = True
                 process.terminate()
                 time.sleep(15)
                 process.kill()
@@ -192,8 +194,9 @@ def watch(command: list[str], file: pathlib.Path, args) -> dict:
     if len(lines) < args.steps:
         logs = [path.read_text(errors="replace") for path in (log, *file.parent.glob("log/*"))]
         why = [x.strip() for x in "\n".join(logs).splitlines() if "Error" in x][-1:]
+        why = [f"{len(lines)} steps in --timeout={args.timeout:g} s"] if ended else why
         full = any("out of memory" in text for text in logs)
-        return {"failed": "out of memory" if full else (why or ["it ended, or was ended"])[0][:160]}
+        return {"failed": "out of memory" if full else (why or ["it ended by itself"])[0][:160]}
     (n, wall, cpu), (m, wall_end, cpu_end) = next(x for x in marks if x[0] >= WARM), marks[-1]
     found = {k: statistics.median(x[k] for x in lines[WARM:]) for k in (*PARTS, "tokens", "reward")}
     found |= {"wall_s": (wall_end - wall) / (m - n), "cpu_s": (cpu_end - cpu) / (m - n)}

@@ -12,6 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from report import load_rollouts
 
+# Of one policy's log-probs, and of another's (4 nats and more are seen). In fp32 on a GPU vLLM's
+# attention rounds as TF32 does: 0.006 was seen there.
+SAME, OTHER = 2e-2 if torch.cuda.is_available() else 1e-4, 1.0
+
 
 def errors(policy, table, i):
     """How far the sampled log-probs of row i are from those that `policy` computes."""
@@ -40,9 +44,10 @@ def test_weights_that_land_among_running_rows(tmp_path, inflight):
             stale.append(float(old[version == 1].max()))
             fresh.append(float(new[version == 1].max()))
     assert len(before) > PLACES // 2, "too few rows ran when the weights landed"
-    assert max(before) < 1e-4 < 1e-2 < max(stale)  # the old policy; behind the border another one
+    assert max(before) < SAME  # the old policy; behind the border another one
+    assert min(stale) > OTHER
     # What the old weights left in the cache shows, unless the new ones computed it again.
-    assert max(fresh) < 1e-4 if inflight == "recompute" else max(fresh) > 1e-3
+    assert max(fresh) < SAME if inflight == "recompute" else min(fresh) > OTHER
     waited = [error for version, error in whole if version == 1]
     assert len(waited) > 24  # all of the second batch, and most of the first
-    assert max(error for _, error in whole) < 1e-4, "a row of one version read another's cache"
+    assert max(error for _, error in whole) < SAME, "a row of one version read another's cache"
