@@ -129,9 +129,10 @@ class Examples:
 
     def batch(self, step: int) -> Rollouts:
         """The table of a step; earlier ones are passed over. A thread makes the next meanwhile."""
-        for n in range(step, min(step + 2, self.steps)):
-            self.ahead[n] = self.ahead.get(n) or self.thread.submit(self.read, n)
-        return self.ahead.pop(step).result()
+        now = self.ahead.get(step) or self.thread.submit(self.read, step)
+        if step + 1 < self.steps:  # nothing behind the last is read: what is left out is counted
+            self.ahead = {step + 1: self.thread.submit(self.read, step + 1)}
+        return now.result()
 
     def read(self, step: int) -> Rollouts:
         rows = next(rows for number, rows in self.coming if number == step)

@@ -136,7 +136,6 @@ class ChunkedHead(torch.autograd.Function):
         step = fused(absorb) if hidden.is_cuda else absorb
         for first in range(0, len(weight), chunk):
             logits = matmul_fp32(hidden, weight[first : first + chunk].T)  # (K, chunk)
-            torch._dynamo.mark_static(logits, 1)  # a chunk's width is a constant in the kernel
             state = step(state, logits, targets - first, temperature)
         top, total, product, chosen = state
         logsumexp = top + total.log()
@@ -155,7 +154,6 @@ class ChunkedHead(torch.autograd.Function):
         for first in range(0, len(weight), ctx.chunk):
             words, here = weight[first : first + ctx.chunk], targets - first
             logits = matmul_fp32(hidden, words.T)  # (K, chunk)
-            torch._dynamo.mark_static(logits, 1)
             d_logits = step(logits, here, ctx.temperature, logsumexp, grad, weight.dtype)
             if weight.is_cuda and weight.dtype != grad.dtype:  # += within the product
                 aten.addmm.dtype_out(d_hidden, d_logits, words, grad.dtype, out=d_hidden)

@@ -202,8 +202,9 @@ def to_cells(table: Rollouts, rows: torch.Tensor) -> torch.Tensor:
     """The token columns of some rows, flat, without padding: (sum of lengths * 5,) int32."""
     if not len(rows):
         return torch.empty(0, dtype=torch.int32)
-    slots = torch.arange(width := table.tokens.shape[1])
-    at = (rows[:, None] * width + slots)[slots < table.length[rows, None]]  # in the flat (N, T)
+    assert len({getattr(table, k).shape for k in CELLS}) == 1, "columns differ in shape"
+    slot = torch.arange(table.tokens.shape[1])
+    at = (rows[:, None] * len(slot) + slot)[slot < table.length[rows, None]]  # in the flat (N, T)
     bits = [getattr(table, k).flatten()[at] for k in CELLS]
     bits = [b.view(torch.int32) if b.is_floating_point() else b.int() for b in bits]
     return torch.stack(bits, 1).flatten()
@@ -246,7 +247,7 @@ def gather(rollouts: Rollouts, world, tokens_per_microbatch: int, minibatches: i
         small = small.view(-1, width)  # (rows of all ranks, small columns)
         source = torch.repeat_interleave(torch.tensor(ranks), torch.tensor(counts))  # who holds it
         place = torch.cat([torch.arange(n) for n in counts])  # the row's number there
-        order = sorted(range(len(small)), key=small[:, :2].tolist().__getitem__)
+        order = [i for _, i in sorted((key, i) for i, key in enumerate(small[:, :2].tolist()))]
         small, source, place = small[order].T, source[order], place[order]
         everyone = Rollouts(**{k: c.to(dtype) for (k, dtype), c in zip(SMALL.items(), small)})
         everyone.rewards = {k: c.float() for k, c in zip(rollouts.rewards, small[len(SMALL) :])}

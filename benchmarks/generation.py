@@ -165,10 +165,14 @@ def main():
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--new", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--kinds", default="no log-probs,log-probs,flat log-probs", help="plain")
+    parser.add_argument(
+        "--kinds", default="no log-probs,log-probs,flat log-probs", help="of LLM.generate"
+    )
     parser.add_argument("--part", choices=["plain", "loop"])
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
+    if unknown := {*args.kinds.split(",")} - {"no log-probs", "log-probs", "flat log-probs"}:
+        parser.error(f"--kinds: there is no {unknown.pop()!r}")
     args.out = out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     words, sizes = SHAPES[args.shape]
@@ -195,8 +199,8 @@ def main():
     for n in args.rows:
         speeds = [found.get(f"{n} {k}", 0.0) for k in kinds]
         least = floor(n, args.new, sizes, words, found.get("card", ""))
-        shares = (speeds[3] / s if s else float("nan") for s in (max(speeds[1:3]), speeds[0]))
-        cells = [*(f"{s:,.0f}" for s in speeds), *(f"{s:.1%}" for s in shares)]
+        cells = [f"{s:,.0f}" if s else "" for s in speeds]
+        cells += [f"{speeds[3] / s:.1%}" if s else "" for s in (max(speeds[1:3]), speeds[0])]
         print(f"| {n} | " + " | ".join(cells) + f" | {least:,.0f}, {speeds[3] / least:.0%} |")
 
 

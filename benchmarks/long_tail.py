@@ -24,11 +24,11 @@ RUNS = {  # name -> ranks, settings
     "1 + 1, age 0": (2, ["--num_generators=1"]),
     "1 + 1, age 1": (2, ["--num_generators=1", "--max_policy_age=1"]),
     "1 + 1, age 4": (2, ["--num_generators=1", "--max_policy_age=4"]),
-    "2 colocated, age 0": (2, ["--num_generators=0", "--sleep=no"]),
     "1 colocated, age 0": (1, ["--num_generators=0"]),
     "1 colocated, age 1": (1, ["--num_generators=0", "--max_policy_age=1", "--sleep=no"]),
     "2 + 1, one counter": (3, ["--num_generators=2", *LARGE]),
     "2 + 1, dealt out": (3, ["--num_generators=2", "--deterministic=true", *LARGE]),
+    "2 colocated, age 0": (2, ["--num_generators=0", "--sleep=no"]),  # only where asked for
 }
 
 
@@ -142,12 +142,16 @@ def main():
     parser.add_argument("--rows", default="8x4")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--warm", type=int, default=1, help="steps that are left out")
-    parser.add_argument("--only", default=";".join(RUNS))
+    parser.add_argument(
+        "--warm", type=int, default=1, help="first steps left out, but of the first column"
+    )
+    parser.add_argument("--only", default=";".join(list(RUNS)[:-1]))
     parser.add_argument("--plain", type=pathlib.Path)
     parser.add_argument("--alone", action="store_true", help="without LLM.generate")
     parser.add_argument("--places", type=int, default=256)
     args, args.more = parser.parse_known_args()
+    if args.warm >= args.steps:
+        parser.error(f"--warm={args.warm} leaves nothing of --steps={args.steps}")
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     given = bool(args.model)
@@ -160,23 +164,23 @@ def main():
         ranks, more = RUNS[name]
         folder = out / name.replace(" ", "").replace(",", "-")
         torchrun(ranks, "grpo.py", *settings(args), *more, f"--run_dir={folder}")
-        engines = ranks - 1 if ranks > 1 else 1
+        engines = ranks if "colocated" in name else ranks - 1
         places = 16 if more[-2:] == LARGE else 256
-        if args.alone:
-            peer[places] = float("nan")
-        if places not in peer:  # the peer's batches are those of the first run of that shape
+        if (
+            places not in peer and not args.alone
+        ):  # the peer's batches are those of the first run of that shape
             again = [sys.executable, __file__, str(out), f"--plain={folder}", f"--places={places}"]
             again += [*sys.argv[2:], *([] if given else [f"--model={args.model}"])]
             said = subprocess.run(again, check=True, capture_output=True, text=True).stdout
             peer[places] = float(said.rpartition(": ")[2])
             print(f"LLM.generate, {places} places: {peer[places]:,.0f} tokens/s", flush=True)
         d = judge(folder, args.warm)
-        share = d["stepping"] / engines / peer[places]
+        share = "" if args.alone else f"{d['stepping'] / engines / peer[places]:.0%}"
         busy, idle = (f"{x:.0%}" for x in d["generators"])
         train, wait, sync, other = (f"{x:.0%}" for x in d["trainers"])
         apart = f"{engines_apart(folder, 1):.2f}" if engines > 1 else ""
         lines.append(
-            f"| {name} | {d['stepping']:,.0f} | {share:.0%} | {d['whole']:,.0f} | {busy} | {idle} "
+            f"| {name} | {d['stepping']:,.0f} | {share} | {d['whole']:,.0f} | {busy} | {idle} "
             f"| {train} | {wait} | {sync} | {other} | {apart} | {d['reward']:.3f} |"
         )
         print(lines[-1], flush=True)

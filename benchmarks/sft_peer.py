@@ -1,4 +1,4 @@
-"""SFT beside TRL's SFTTrainer: the same rows in the same order, the same weights, the same AdamW.
+"""SFT beside TRL's SFTTrainer: the same rows, weights and AdamW; in `curve` the same order, too.
 
     python benchmarks/sft_peer.py OUT curve --python=PEER      # a processor: losses, seconds
     python benchmarks/sft_peer.py OUT speed qwen3-0.6b         # a GPU: tokens per second
@@ -10,7 +10,7 @@ Rows: random words, lengths like Alpaca's (log-normal: prompts with a median of 
 of 60, deviations 0.5 and 1, at most 1,024 together). `curve`: fp32, batches of 16 rows; SFTTrainer
 once as it comes (4 x 4 padded rows, sdpa) and once without padding, in the attention function that
 we use ("packed" of model.py). `speed`: bf16, steps of 32,768 tokens in --micro=2 micro-batches of
-16,384; SFTTrainer packs to 2,048 and takes 8 packs twice. Its kinds:
+16,384; SFTTrainer packs to 2,048 and takes as many at once. Its kinds:
 
     default   as it comes: sdpa, checkpointing on, weights in fp32, autocast to bf16
     best      our attention, no checkpointing, weights and AdamW in bf16
@@ -83,10 +83,10 @@ class Clock:
         self.cpu.append(time.process_time())
 
     def told(self) -> dict:
-        step = [b - a for a, b in zip(self.wall[1 + WARM :], self.wall[2 + WARM :])]
+        step = [b - a for a, b in zip(self.wall[WARM:], self.wall[WARM + 1 :])]
         out = {"losses": self.losses, "cpu_s": self.cpu[-1] - self.cpu[0], "steps": step}
         out |= {"wall_s": self.wall[-1] - self.wall[0], "tokens": self.tokens}
-        each = [n / s for n, s in zip(self.tokens[1 + WARM :], step)]
+        each = [n / s for n, s in zip(self.tokens[WARM:], step)]
         out["tokens_per_second"] = statistics.median(each) if each else 0.0
         if torch.cuda.is_available():
             out["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -141,7 +141,7 @@ def peer(args) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from model import Pack, packed_attention
+    from model import Pack, packed_attention, send
 
     kind, speed, now = args.kind, args.what == "speed", {}
 
@@ -152,11 +152,11 @@ def peer(args) -> dict:
     transformers.AttentionMaskInterface.register("ours", lambda *_, **__: None)
 
     def pack_of(positions) -> Pack:
-        """Where rows begin in a batch without padding."""
+        """Where rows begin in a batch without padding; on the host, as ours."""
         at = (positions[0] == 0).nonzero().flatten()
         starts = torch.cat([at, at.new_tensor([positions.shape[1]])]).int()
-        longest = LONGEST if positions.is_cuda else int(positions.max()) + 1
-        row = torch.arange(len(at), device=at.device).repeat_interleave(starts.diff())
+        longest = int(positions.max()) + 1
+        row = torch.arange(len(at)).repeat_interleave(starts.diff())
         slot = row * longest + positions[0]
         return Pack(None, None, starts, slot, None, longest, False, (len(at), longest))
 
@@ -164,12 +164,13 @@ def peer(args) -> dict:
 
     class Timed(SFTTrainer):
         def compute_loss(self, model, inputs, *more, **named):
-            if "position_ids" in inputs:
-                now["pack"] = pack_of(inputs["position_ids"])
+            now["tokens"] = now.get("tokens", 0) + inputs.pop("real")
+            if pack := inputs.pop("pack"):
+                to = inputs["input_ids"].device
+                pack.starts, pack.slot = send(pack.starts, to), send(pack.slot, to)
+                now["pack"] = pack
             loss = super().compute_loss(model, inputs, *more, **named)
-            real = inputs.get("attention_mask", inputs["input_ids"] >= 0)
             now["loss"] = now.get("loss", 0.0) + loss.detach()
-            now["tokens"] = now.get("tokens", 0) + int(real.sum())
             return loss
 
     class Ticks(transformers.TrainerCallback):
@@ -200,6 +201,7 @@ def peer(args) -> dict:
         how |= {"packing": True, "gradient_accumulation_steps": args.micro, "bf16": True}
         how |= {"use_liger_kernel": kind in ("liger", "both", "masters")}
         how |= {"torch_compile": kind in ("compile", "both")}
+        how |= {"dataloader_num_workers": int(kind != "default")}  # ours reads in a thread
     else:
         how |= {"gradient_accumulation_steps": 4, "bf16": False}
         how |= {"padding_free": kind == "ours"}
@@ -214,6 +216,15 @@ def peer(args) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/calculator")
     data = Dataset.from_list(made)
     trainer = Timed(model, SFTConfig(**how), train_dataset=data, processing_class=tokenizer)
+    collate = trainer.data_collator
+
+    def with_pack(rows: list) -> dict:
+        batch = collate(rows)
+        real = batch.get("attention_mask", batch["input_ids"] >= 0)
+        pack = pack_of(batch["position_ids"]) if "position_ids" in batch else None
+        return {**batch, "real": int(real.sum()), "pack": pack}
+
+    trainer.data_collator = with_pack
     trainer.add_callback(Ticks())
     trainer.train()
     return clock.told()
@@ -292,6 +303,8 @@ def main():
         parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.what == "speed" and args.tokens % (args.micro * LONGEST):
+        parser.error(f"--tokens: not {args.micro} micro-batches of whole packs of {LONGEST}")
     args.steps = args.steps or {"curve": 20, "speed": 7, "fill": 60}[args.what]
     args.model = make_model(args)
     args.words = json.loads((args.out / args.shape / "config.json").read_text())["vocab_size"]

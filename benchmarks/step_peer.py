@@ -37,6 +37,8 @@ import subprocess
 import sys
 import time
 
+import psutil
+
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 WARM, GROUP = 2, 8
@@ -162,8 +164,6 @@ def peer(args):
 
 def processor_seconds(root: int) -> float:
     """Of a process and of all below it, those that have ended included."""
-    import psutil
-
     total, first = 0.0, psutil.Process(root)
     for process in (first, *first.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -184,19 +184,23 @@ def watch(command: list[str], file: pathlib.Path, args) -> dict:
             if done > marks[-1][0]:
                 marks.append((done, time.monotonic() - start, processor_seconds(process.pid)))
             if time.monotonic() - start > args.timeout:
-                ended = True
+                ended, ranks = True, psutil.Process(process.pid).children(recursive=True)
                 process.terminate()
                 time.sleep(15)
-                process.kill()
+                for one in (process, *ranks):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        one.kill()
             time.sleep(0.02)
     lines = map(json.loads, file.read_text().splitlines() if file.exists() else [])
     lines = [x for x in lines if "step_s" in x]
     if len(lines) < args.steps:
         logs = [path.read_text(errors="replace") for path in (log, *file.parent.glob("log/*"))]
         why = [x.strip() for x in "\n".join(logs).splitlines() if "Error" in x][-1:]
-        why = [f"{len(lines)} steps in --timeout={args.timeout:g} s"] if ended else why
+        if ended:
+            why = [f"{len(lines)} steps in --timeout={args.timeout:g} s", *why]
+        why = why or [f"exit code {process.returncode}"]
         full = any("out of memory" in text for text in logs)
-        return {"failed": "out of memory" if full else (why or ["it ended by itself"])[0][:160]}
+        return {"failed": "out of memory" if full else "; ".join(why)[:160]}
     (n, wall, cpu), (m, wall_end, cpu_end) = next(x for x in marks if x[0] >= WARM), marks[-1]
     found = {k: statistics.median(x[k] for x in lines[WARM:]) for k in (*PARTS, "tokens", "reward")}
     found |= {"wall_s": (wall_end - wall) / (m - n), "cpu_s": (cpu_end - cpu) / (m - n)}

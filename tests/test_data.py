@@ -206,8 +206,8 @@ def test_bad_rows_stop_the_run_beyond_a_share(tmp_path, streaming):
     if not streaming:  # a stream's share is of 1000 rows, until it has seen more
         with pytest.raises(UserError, match="line 9: .*more are bad than max_bad=0.05 allows"):
             make(data=path, max_bad=0.05)
-    data = make(data=path, max_bad=0.1, streaming=streaming)
-    assert len(set(sum(texts(data, range(4)), []))) == 16
+    data = make(data=path, max_bad=0.1, streaming=streaming, steps=4)
+    assert len(set(sum(texts(data, range(4)), []))) == 16  # behind the last nothing is read
     said = report.left_out(data)
     assert "2 were bad" in said and "line 9: not" in said and "line 11: no 'messages'" in said
 
@@ -266,6 +266,20 @@ def test_a_stream_goes_on_where_it_was(tmp_path):
     assert texts(make(data=f"{a},{b}", streaming=True), [7, 20]) == [found[7], found[20]]
     with pytest.raises(UserError, match="no example of at most"):
         make(data=a, streaming=True, max_tokens=2).batch(0)
+
+
+def test_what_is_wrong_with_the_batch_read_ahead_is_said_when_it_is_asked_for(tmp_path):
+    (path := tmp_path / "late.py").write_text(
+        "from examples.calculator import Calculator\nclass Late(Calculator):\n"
+        "    def demonstration(self, name, progress):\n"
+        "        assert progress <= 0.5, 'too late'\n"
+        "        return super().demonstration(name, progress)\n"
+    )
+    data = make(task=f"{path}:Late", steps=4)
+    for step in range(2):
+        assert len(data.batch(step)) == 4 and [*data.ahead] == [step + 1]
+    with pytest.raises(AssertionError, match="too late"):
+        data.batch(2)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
