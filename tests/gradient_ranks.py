@@ -156,7 +156,8 @@ def main(out: str, model: str, name: str, full: bool, **ranks: int):
             same = {"model": model, "lr": 0.1, "lr_schedule": "constant"}
             bench = Bench(world, **same, dtype=dtype, activation_checkpointing=checkpointing)
         for variant in VARIANTS:
-            for planted in (False, True) if budget == "several" else (False,):
+            plants = (dtype, checkpointing, budget) == ("float64", "none", "several")
+            for planted in (False, True) if plants else (False,):
                 result = bench.step(variant, BUDGETS[budget], CHUNKS[chunk], planted)
                 if result is None:  # this rank has no part in training
                     continue
