@@ -1,7 +1,7 @@
 """What a run leaves behind: its folder, its lines on the screen, its checkpoints' names."""
 
+import gc
 import itertools
-import json
 import os
 import pathlib
 import shutil
@@ -56,10 +56,6 @@ class Run:
         if self.bar is not None:
             self.bar.clear()
         self.screen.write(text + "\n")
-
-    def append(self, name: str, *objects: dict):
-        with open(self.folder / name, "a") as f:
-            f.writelines(json.dumps(o) + "\n" for o in objects)
 
     def truncate(self, start: int):
         """After a resume: forget the lines of steps that will be done again, and set their
@@ -145,6 +141,8 @@ class Run:
 
     def log(self, step: int, metrics: dict, rollouts):
         """Write one step: metrics, samples, evaluations, spans of all ranks. No collective."""
+        if not gc.isenabled():  # what is there now stays: it need never be looked through again
+            gc.freeze(), gc.enable()
         self.live.before(step + 1)
         report.log(self, step, metrics, rollouts)
 

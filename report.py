@@ -44,6 +44,12 @@ def read_lines(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+def append(run, name: str, *objects: dict):
+    """A line of JSON for each, to a file of the run folder."""
+    with open(run.folder / name, "a") as f:
+        f.writelines(json.dumps(o) + "\n" for o in objects)
+
+
 def forget(run, start: int):
     """After a resume: the lines of steps that will be done again."""
     for path in run.folder.glob("*.jsonl"):
@@ -253,7 +259,7 @@ def log(run, step: int, metrics: dict, rollouts: Rollouts):
         return
     spent = times(run, rollouts.infos)
     for info in rollouts.infos:
-        run.append("samples.jsonl", *({"step": step, **s} for s in info.get("samples", [])))
+        append(run, "samples.jsonl", *({"step": step, **s} for s in info.get("samples", [])))
         for note in info.get("notes", []):
             run.say(note)
         role = "generator" if info["rank"] in run.world.generator_ranks else "trainer"
@@ -382,7 +388,7 @@ class Live:
     def log(self, line: dict):
         """The writer, a step or an evaluation: its line goes to metrics.jsonl and to the sinks. The
         page is drawn so seldom that it takes at most 1% of the time."""
-        self.run.append("metrics.jsonl", line)
+        append(self.run, "metrics.jsonl", line)
         for name in {k for k in line if k.startswith("reward/") and abs(line[k]) > 10} - self.large:
             self.large.add(name)
             how = f"others vanish beside it: --task_settings.weights.{name[7:]}=... below 1"

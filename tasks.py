@@ -1,8 +1,7 @@
 """Tasks: where prompts come from, what the environment answers, what a reply is worth.
 What a user edits first. A task is a class with four things (see `Task`). Its `reply` and its
 rewards run in the generator's pool of workers, so a slow one holds up its own row only; those that
-are `async` are awaited, thousands at once. Nothing here knows of ranks, engines or gradients.
---task=calculator | sum_digits | countdown | gsm8k | file.jsonl | my_file.py:MyTask"""
+are `async` are awaited, thousands at once. Nothing here knows of ranks, engines or gradients."""
 
 import functools
 import json

@@ -167,8 +167,7 @@ class Trainer:
         return [norm for norm in map(float, norms) if math.isfinite(norm)]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that training is, by name: tensors alone, for anything else would need pickle.
-        Settings are not in it: a resumed run goes by its own; and random numbers have names."""
+        """All that training is, by name: tensors, or it would need pickle. Settings are no part."""
         state, steps = {}, []
         for name, p in self.trained.items():
             own = self.optimizer.state[p]

@@ -7,6 +7,7 @@ import asyncio
 import concurrent.futures
 import ctypes
 import faulthandler
+import gc
 import inspect
 import math
 import multiprocessing
@@ -99,6 +100,7 @@ def begin(task: Task):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.default_int_handler)  # KeyboardInterrupt
     torch.set_num_threads(1)  # OpenMP's threads did not come along
+    gc.freeze(), gc.enable()  # off since the rank's start
     answer.task = task
 
 

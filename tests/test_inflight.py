@@ -4,6 +4,8 @@ Rows that run go on, under `keep` with the cache that the old weights left, unde
 one that the new weights make again. Rows that wait for a place never see the old one.
 """
 
+import concurrent.futures
+
 import pytest
 import torch
 from conftest import run
@@ -25,15 +27,24 @@ def errors(policy, table, i):
     return (logits.log_softmax(-1)[at - 1, table.tokens[i, at]] - table.logprobs[i, at]).abs()
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Kind -> (its folder, what became of it): both at once, a core each; on a GPU in turn."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("keep", "recompute")}
+    start = lambda kind: run(1, "tests/inflight_ranks.py", str(folders[kind]), kind)  # noqa: E731
+    with concurrent.futures.ThreadPoolExecutor(1 if torch.cuda.is_available() else 2) as pool:
+        return dict(zip(folders, zip(folders.values(), pool.map(start, folders))))
+
+
 @pytest.mark.parametrize("inflight", ["keep", "recompute"])
-def test_weights_that_land_among_running_rows(tmp_path, inflight):
-    done = run(1, "tests/inflight_ranks.py", str(tmp_path), inflight)
+def test_weights_that_land_among_running_rows(runs, inflight):
+    folder, done = runs[inflight]
     assert done.returncode == 0, done.stderr[-3000:]
-    policies = [AutoModelForCausalLM.from_pretrained(tmp_path / v) for v in "01"]
+    policies = [AutoModelForCausalLM.from_pretrained(folder / v) for v in "01"]
     whole, before, stale, fresh = [], [], [], []  # largest errors, by rows
     first = []  # error of the first token behind the border, against the weights before it
     for step in range(2):
-        table = load_rollouts(tmp_path / f"rollouts/{step}")
+        table = load_rollouts(folder / f"rollouts/{step}")
         for i in range(len(table)):
             version = table.version[i][table.mask[i]]
             assert (version.diff() >= 0).all() and set(version.tolist()) <= {0, 1}

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, lines
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import report
 import sft
 import weights
 from heartbeat import HEART
@@ -78,7 +79,7 @@ def test_where_a_run_starts(world, tmp_path, capfd, resume, own, restart, starts
 def test_lines_of_steps_to_be_done_again_are_forgotten(world, tmp_path):
     run = start(world, tmp_path / "r")
     evaluation = {"step": 1, "eval_reward": 0.5, "eval_stderr": 0.1}
-    run.append("metrics.jsonl", {"step": 0}, {"step": 1}, evaluation, {"step": 2})
+    report.append(run, "metrics.jsonl", {"step": 0}, {"step": 1}, evaluation, {"step": 2})
     with open(run.folder / "metrics.jsonl", "a") as f:
         f.write('{"step": 3, "rew')  # killed while writing
     run.truncate(2)
@@ -110,7 +111,9 @@ def test_the_end_table(world, tmp_path, capfd, functions):
     """Once, with this session's speed; a sum of several rewards is not called accuracy."""
     run = start(world, tmp_path / "r")
     each = {"reward/a": 0.25, "reward/b": 0.25} if functions > 1 else {}
-    run.append("metrics.jsonl", {"step": 0, "reward": 0.1, "loss": 0, "tokens": 1e9, **each})
+    report.append(
+        run, "metrics.jsonl", {"step": 0, "reward": 0.1, "loss": 0, "tokens": 1e9, **each}
+    )
     run.truncate(1)
     part = {"version": 1, "rewards": [1.0, 0.0, 1.0, 1.0], "of": 4}
     run.log(1, {"reward": 0.5, "loss": 0.0, "tokens": 5000, **each}, told(evals=[part]))
@@ -143,6 +146,7 @@ server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 os.environ["MASTER_PORT"] = str(server.port)
 from heartbeat import HEART
 HEART.start()
+import report
 import sft
 from record import Run
 from runtime import World, watch
