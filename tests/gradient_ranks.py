@@ -10,7 +10,8 @@ with. Writes OUT/NAME.json: one object per cell, with relative differences, and 
 
 import gc
 
-gc.disable()  # imports are quicker, and there are many
+if __name__ == "__main__":
+    gc.disable()  # imports are quicker, and there are many
 
 import itertools
 import json
