@@ -142,7 +142,7 @@ class Run:
     def log(self, step: int, metrics: dict, rollouts):
         """Write one step: metrics, samples, evaluations, spans of all ranks. No collective."""
         if not gc.isenabled():  # what is there now stays: it need never be looked through again
-            gc.freeze(), gc.enable()
+            gc.collect(), gc.freeze(), gc.enable()
         self.live.before(step + 1)
         report.log(self, step, metrics, rollouts)
 

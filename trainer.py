@@ -146,7 +146,7 @@ class Trainer:
         return {**out, **{k: total[k] for k in ("tokens", "loss") if k in total}}
 
     def update(self) -> torch.Tensor:
-        """Clip, and step if the norm is finite. Returns the norm before the clip, unwaited for."""
+        """Clip, and step if the norm is finite. Returns the norm before the clip, as a tensor."""
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters], foreach=True).full_tensor()
         if self.cfg.max_grad_norm > 0:

@@ -2,6 +2,7 @@
 
     python benchmarks/long_tail.py OUT                  # CPU, 2 cores: 6 minutes
     python benchmarks/long_tail.py OUT --model=FOLDER --rows 32x8 --max_new_tokens=1024 ...   # GPU
+    ... --alone --warm=3 --only="1 + 1, age 0;2 colocated, age 0"     # without the peer; some runs
 
 LLM.generate gets prompts and lengths as a run had them, a batch at a time, in as many places and
 with log-probs: what an engine does when nothing has to be synchronised. Ours count twice, over the

@@ -146,7 +146,6 @@ server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 os.environ["MASTER_PORT"] = str(server.port)
 from heartbeat import HEART
 HEART.start()
-import report
 import sft
 from record import Run
 from runtime import World, watch
