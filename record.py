@@ -88,7 +88,7 @@ class Run:
         start = self.world.agree(trainer.version)
         if self.world.writes and began:
             self.truncate(start)
-        HEART.enter("the loop")
+        gc.collect(), HEART.enter("the loop")  # what loading left goes, before `log` freezes all
         return start
 
     def unjudged(self, path: pathlib.Path) -> str:
@@ -142,7 +142,7 @@ class Run:
     def log(self, step: int, metrics: dict, rollouts):
         """Write one step: metrics, samples, evaluations, spans of all ranks. No collective."""
         if not gc.isenabled():  # what is there now stays: it need never be looked through again
-            gc.collect(), gc.freeze(), gc.enable()
+            gc.freeze(), gc.enable()
         self.live.before(step + 1)
         report.log(self, step, metrics, rollouts)
 
