@@ -27,6 +27,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 QWEN3 = dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, head_dim=128)
 QWEN3 |= dict(num_attention_heads=16, num_key_value_heads=8, tie_word_embeddings=True)
 SHAPES = {"qwen3-1.7b": (151_936, QWEN3)}
+LARGE = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36)
+LARGE |= dict(num_attention_heads=32, tie_word_embeddings=False)
+SHAPES["qwen3-8b"] = (151_936, {**QWEN3, **LARGE})
 SHAPES["tiny"] = (2048, {**QWEN3, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32})
 SHAPES["tiny"][1].update(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 PROMPT, GROUP = 128, 8

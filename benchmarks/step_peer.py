@@ -258,9 +258,13 @@ def prepare(args):
         made = [{"prompt": " ".join(text)} for text in numbers]
         if not model.exists():
             torch.manual_seed(0)
-            word_model(model, words, args.prompt + args.new, weights=False, **sizes)
+            word_model(model, words, 4096, weights=False, **sizes)
             config = AutoConfig.from_pretrained(model)
-            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(model)
+            with torch.device("cuda" if args.cuda else "cpu"):  # random numbers are quick there
+                lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            lm.save_pretrained(model)
+            del lm
+            torch.cuda.empty_cache()
     else:
         task = tasks.load_task(grpo.Config(task="sum_digits", prompts_per_step=n))
         made = [{**x, "answer": x["answer"][1:]} for x in (task.problem(0, i) for i in range(n))]
