@@ -34,7 +34,7 @@ class Examples:
         self.end = math.ceil(cfg.epochs * len(self.table)) if cfg.epochs else None
         if cfg.epochs:  # the lengths alone say how many batches that makes
             self.steps = sum(1 for _ in self.batches(self.table.select_columns("length")))
-        self.coming, self.ahead = enumerate(self.batches(self.table)), {}
+        self.coming, self.begun = enumerate(self.batches(self.table)), None
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
 
     def mix(self):
@@ -128,11 +128,13 @@ class Examples:
         yield batch
 
     def batch(self, step: int) -> Rollouts:
-        """The table of a step; earlier ones are passed over. A thread makes the next meanwhile."""
-        now = self.ahead.get(step) or self.thread.submit(self.read, step)
-        if step + 1 < self.steps:  # nothing behind the last is read: what is left out is counted
-            self.ahead = {step + 1: self.thread.submit(self.read, step + 1)}
-        return now.result()
+        """The table of a step; earlier ones are passed over."""
+        return self.ahead.result() if step == self.begun else self.read(step)
+
+    def begin(self, step: int):
+        """A thread makes the table of a step, while the trainer works on another."""
+        if step < self.steps:  # nothing behind the last is read: what is left out is counted
+            self.begun, self.ahead = step, self.thread.submit(self.read, step)
 
     def read(self, step: int) -> Rollouts:
         rows = next(rows for number, rows in self.coming if number == step)
@@ -146,6 +148,5 @@ def encode(rows: dict, numbers, form: str, code: str, **how) -> dict[str, list]:
 
 def to_table(rows: list[dict], step: int, most: int) -> Rollouts:
     """Rows -> table, each cut to so many tokens. What only RL has is zero."""
-    cut = [(row["tokens"][:most], row["mask"][:most]) for row in rows]
-    made = [Row(step, i, 0, 0, None, tokens=x, mask=mask) for i, (x, mask) in enumerate(cut)]
-    return from_rows(made, [])
+    cut = enumerate((row["tokens"][:most], row["mask"][:most]) for row in rows)
+    return from_rows([Row(step, i, 0, 0, None, tokens=x, mask=m) for i, (x, m) in cut], [])

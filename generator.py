@@ -150,11 +150,10 @@ class Generator:
             running = len(self.rows) + len(self.workers) - self.open.get(EVALUATION, 0)
             if running >= share or len(self.rows) >= self.cfg.max_num_seqs:
                 return
-            slot = self.take_slot(self.batch)
-            if slot is None:
+            if (slot := self.take_slot(self.batch)) is None:
                 self.batch += 1
-                continue
-            self.start_group(self.batch, slot, attempt=0)
+            else:
+                self.start_group(self.batch, slot, attempt=0)
 
     def take_slot(self, batch: int) -> int | None:
         """The next slot of a batch, None after the last: from a counter in torchrun's store, so
@@ -340,7 +339,6 @@ def eos_tokens(model: str, tokenizer) -> set[int]:
     with contextlib.suppress(OSError):
         ids = GenerationConfig.from_pretrained(model).eos_token_id
         found |= set(ids if isinstance(ids, list) else [ids])
-    found.discard(None)
-    if not found:
+    if not (found := found - {None}):
         raise UserError(f"model={model}: no end-of-sequence token in tokenizer or config")
     return found

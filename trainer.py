@@ -60,8 +60,7 @@ class Trainer:
             with self.world.span("score"):
                 for column, model in self.frozen.items():
                     setattr(rollouts, column, self.logprobs(rollouts, model))
-                several = cfg.minibatches * cfg.epochs_per_batch > 1
-                if cfg.old_policy == "trainer" and several:
+                if cfg.old_policy == "trainer" and cfg.minibatches * cfg.epochs_per_batch > 1:
                     rollouts.old_logprobs = self.logprobs(rollouts, self.policy)
         return rollouts
 
@@ -151,8 +150,7 @@ class Trainer:
         norm = get_total_norm([p.grad for p in parameters], foreach=True).full_tensor()
         if self.cfg.max_grad_norm > 0:
             clip_grads_with_norm_(parameters, self.cfg.max_grad_norm, norm, foreach=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.version, self.cfg)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.version, self.cfg)
         self.optimizer.found_inf = (~norm.isfinite()).float()  # fused AdamW asks the GPU for it
         self.optimizer.step()
         return norm
