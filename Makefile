@@ -26,8 +26,11 @@ grpo: $(READY)
 sft: $(READY)
 	$(TORCHRUN) --nproc_per_node=2 sft.py $(ARGS)
 
+# Two files of tests at a time, for much of one is the start of processes, which takes one core. Not on a GPU, whose memory
+# they would share, and not without pytest-xdist.
+SPREAD = $(shell if ! nvidia-smi -L >/dev/null 2>&1 && $(PY) -c "import xdist" 2>/dev/null; then printf %s '-n 2 --dist loadfile'; fi)
 test: $(READY)
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q tests $(SPREAD)
 
 test-all: $(READY)
 	$(PY) -m pytest -q tests --long

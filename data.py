@@ -129,7 +129,8 @@ class Examples:
 
     def batch(self, step: int) -> Rollouts:
         """The table of a step; earlier ones are passed over."""
-        return self.ahead.result() if step == self.begun else self.read(step)
+        now = self.ahead if step == self.begun else self.thread.submit(self.read, step)
+        return now.result()
 
     def begin(self, step: int):
         """A thread makes the table of a step, while the trainer works on another."""

@@ -150,7 +150,8 @@ class Trainer:
         norm = get_total_norm([p.grad for p in parameters], foreach=True).full_tensor()
         if self.cfg.max_grad_norm > 0:
             clip_grads_with_norm_(parameters, self.cfg.max_grad_norm, norm, foreach=True)
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.version, self.cfg)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.version, self.cfg)
         self.optimizer.found_inf = (~norm.isfinite()).float()  # fused AdamW asks the GPU for it
         self.optimizer.step()
         return norm

@@ -64,8 +64,7 @@ class Workers:
         first is awaited for `wait` seconds. UserError where a call failed or took too long."""
         size = 1 if self.loop else max(1, int(PORTION / self.mean))  # quick ones share a message
         for first in range(0, len(self.waiting), size):
-            part = self.waiting[first : first + size]
-            future = self.submit(part)
+            future = self.submit(part := self.waiting[first : first + size])
             self.jobs[future] = [row for row, _ in part], time.monotonic()
             future.add_done_callback(self.done.put)
         self.waiting, out = [], []

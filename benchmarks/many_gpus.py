@@ -1,16 +1,18 @@
 """Every split of three and four GPUs: a step and its parts, weights proven, a rank killed.
 
-    python benchmarks/many_gpus.py OUT                              # Qwen3-1.7B's shape: 10 minutes
-    python benchmarks/many_gpus.py OUT --only="2 + 2;4 colocated" --no-kill
+    python benchmarks/many_gpus.py OUT                      # Qwen3-1.7B: 5 minutes a split
+    python benchmarks/many_gpus.py OUT --only="2 + 2;4 colocated" --no-kill    # 2 minutes a split
     python benchmarks/many_gpus.py OUT --shape=qwen3-8b --config=configs/grpo/qwen3_8b.yaml
-    python benchmarks/many_gpus.py OUT --shape=tiny                 # a CPU, to try it
+    python benchmarks/many_gpus.py OUT --shape=tiny --compile=false         # a CPU, to try it
 
 Random weights of the model's shape and 32 prompts x 8 replies x (128 + 512 tokens), all else from
 the configuration. A run begins at age 1. When the checkpoint of its fifth step is there, one of its
 ranks gets a SIGKILL; torchrun starts all ranks again, and the run goes on from that checkpoint, now
 at age 0 and with its weights proven after each sync (bit-equal on the wire, poison overwritten).
-Seconds are medians of steps 3 to 5, and of those after the first of the restart, without what was
-saved and proven. Ended by SIGKILL after its last step: nothing is exported.
+Seconds are medians of steps 3 to 5, and of those after the first of the restart, less what the
+first trainer took to prove them. `all else` is what a trainer and an engine did besides, `wait` a
+share of the step; where a rank does both its trainer says all. A run is ended by SIGKILL after its
+last step: nothing is exported.
 """
 
 import argparse
@@ -19,7 +21,6 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -48,19 +49,25 @@ def step_lines(folder: pathlib.Path) -> list[dict]:
     return [x for x in lines if "reward" in x]
 
 
-def since_restart(lines: list[dict]) -> list[dict]:
-    """Steps at age 0 behind the checkpoint: before the kill they had an age of 1."""
-    return [x for x in lines if x["step"] >= BEFORE and not x["policy_age_max"]]
+def since_restart(lines: list[dict], before: list[dict]) -> list[dict]:
+    """Steps behind the checkpoint that are new, and at age 0: before the kill it was 1."""
+    new = [x for x in lines if before and x["step"] >= BEFORE and x not in before]
+    return [x for x in new if not x["policy_age_max"]]
 
 
-def kill(process: psutil.Process, rank: int | None = None):
-    """SIGKILL for one rank below torchrun, or for torchrun and all."""
-    below = process.children(recursive=True)
-    for one in below if rank is not None else [process, *below]:
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            env = one.environ() if rank is not None else {}
-            if rank is None or (one.ppid() == process.pid and env.get("RANK") == str(rank)):
-                one.send_signal(signal.SIGKILL)
+def kill_rank(process: psutil.Process, rank: int):
+    """SIGKILL for one of torchrun's ranks."""
+    [one] = [p for p in process.children() if p.environ().get("RANK") == str(rank)]
+    one.kill()
+
+
+def end(process: psutil.Process):
+    """SIGKILL for torchrun and all below it, and wait: the next run needs their memory."""
+    every = [process, *process.children(recursive=True)]
+    for one in every:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(every, timeout=60)
 
 
 def run(args, name: str) -> dict:
@@ -81,7 +88,7 @@ def run(args, name: str) -> dict:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     env |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     saved = folder / "run/checkpoints" / f"step-{BEFORE}" / "about.json"
-    times, start, before, lines = {}, time.monotonic(), [], []
+    times, start, before, lines, after, passed = {}, time.monotonic(), [], [], [], 0.0
     with open(folder / "out.log", "w") as out:
         popen = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out)
         process = psutil.Process(popen.pid)
@@ -90,67 +97,72 @@ def run(args, name: str) -> dict:
             if lines:
                 times.setdefault("first", passed)
             if args.kill and not before and saved.exists():
-                kill(process, victim)
                 before, times["killed"] = lines, passed
-            if before and since_restart(lines):
+                kill_rank(process, victim)
+            if after := since_restart(lines, before):
                 times.setdefault("again", passed)
-            if len(since_restart(lines)) >= AFTER or (len(lines) >= BEFORE and not args.kill):
+            if len(after) >= AFTER or (len(lines) >= BEFORE and not args.kill):
                 break
             time.sleep(0.05)
         code = popen.poll()
-        if code is None:
-            kill(process)
-    after = since_restart(lines)
-    found = {"name": name, "ranks": ranks, "times": times}
-    if len(lines) < BEFORE or (args.kill and len(after) < AFTER):
+        end(process)
+    shutil.rmtree(folder / "run/checkpoints", ignore_errors=True)
+    found = {"name": name, "ranks": ranks, "times": times, "victim": victim}
+    if len(before or lines) >= BEFORE:
+        found["age 1"] = parts((before or lines)[WARM:BEFORE], ranks, [0.0])
+    if len(after) >= AFTER:
+        from topologies import events
+
+        first = generators  # of the trainers; colocated, rank 0
+        proofs = [e for e in events(folder / "run") if e["name"] == "check"]
+        own = [e["dur"] / 1e6 for e in proofs if e["pid"] == first]
+        found["age 0"] = parts(after[1:], ranks, own[1:])
+        found["proven"] = len(proofs) >= ranks * AFTER
+    if "age 1" not in found or (args.kill and "age 0" not in found):
         logs = [
             p.read_text(errors="replace") for p in (folder / "out.log", *folder.glob("run/log/*"))
         ]
         why = [x.strip() for x in "\n".join(logs).splitlines() if "Error" in x][-1:]
-        said = f"{len(lines)} steps, {len(after)} of them after the restart, exit code {code}"
-        return {**found, "failed": " ".join([said, *why])[:300]}
-    found["age 1"] = parts((before or lines)[WARM:BEFORE], ranks, 0.0)
-    if args.kill:
-        from topologies import events
-
-        shutil.rmtree(folder / "run/checkpoints")
-        proofs = [e["dur"] / 1e6 for e in events(folder / "run") if e["name"] == "check"]
-        found["age 0"] = parts(after[1:], ranks, statistics.mean(proofs))
-        found |= {"proven": len(proofs) >= ranks * AFTER, "killed": victim}
+        said = f"{len(lines)} steps, {len(after)} of them after the restart, in {passed:.0f} s"
+        found["failed"] = " ".join([said, f"exit code {code}", *why])[:300]
     return found
 
 
-def parts(lines: list[dict], ranks: int, proof: float) -> dict:
+def parts(lines: list[dict], ranks: int, proofs: list[float]) -> dict:
     """Medians over steps; shares of a step's seconds, of which a proof took some."""
     middle = {k: statistics.median(x[k] for x in lines) for k in lines[0] if k != "step"}
-    step = middle["step_s"] - proof
-    out = {k: middle[k] for k in ("generate_s", "train_s", "sync_s", "mismatch_kl", "tokens")}
-    out |= {"step_s": step, "tokens_per_gpu": middle["tokens"] / step / ranks}
-    out["idle_trainer"] = middle["idle_trainer_s"] / step
-    apart = sum(middle.get(f"{k}_generator_s", 0.0) for k in ("idle", "other"))
-    out["idle_generator"] = middle["idle_generator_s"] / (apart + middle["generate_s"])
+    proof, apart = statistics.median(proofs), "other_generator_s" in middle
+    keep = ("generate_s", "train_s", "sync_s", "mismatch_kl", "tokens")
+    out = {k: middle[k] for k in keep} | {"step_s": middle["step_s"] - proof}
+    out["tokens_per_gpu"] = middle["tokens"] / out["step_s"] / ranks
+    out["other_trainer"] = middle["other_trainer_s"] - proof
+    out["other_engine"] = middle["other_generator_s"] - proof if apart else None
+    out["idle_trainer"] = middle["idle_trainer_s"] / out["step_s"]
+    out["idle_engine"] = middle["idle_generator_s"] / out["step_s"] if apart else None
     return out | {"age": max(x["policy_age_max"] for x in lines)}
 
 
 def table(runs: list[dict]) -> str:
-    columns = ("ranks", "age", "seconds a step", "generate", "train", "sync, ms", "trainers wait")
-    columns += ("engines wait", "tokens/s a GPU", "mismatch KL", "killed", "next step after, s")
+    columns = ("ranks", "age", "seconds a step", "generate", "train", "sync, ms")
+    columns += ("all else: trainers, engines", "trainers wait", "engines wait", "tokens/s a GPU")
+    columns += ("mismatch KL", "killed", "next step after, s")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for x in runs:
-        if "failed" in x:
-            lines.append(f"| {x['name']} | {x['failed']} |")
         for d in (x[k] for k in ("age 1", "age 0") if k in x):
             cells = [x["name"], f"{d['age']:.0f}", f"{d['step_s']:.2f}", f"{d['generate_s']:.2f}"]
             cells += [f"{d['train_s']:.2f}", f"{d['sync_s'] * 1e3:.0f}"]
-            cells += [f"{d[k]:.0%}" for k in ("idle_trainer", "idle_generator")]
+            both = [d["other_trainer"], d["other_engine"]]
+            cells.append(", ".join(f"{v:.2f}" for v in both if v is not None))
+            both = [d["idle_trainer"], d["idle_engine"]]
+            cells += ["" if v is None else f"{v:.0%}" for v in both]
             cells += [f"{d['tokens_per_gpu']:,.0f}", f"{d['mismatch_kl']:.5f}"]
             if d is x.get("age 0"):
-                cells += [
-                    f"rank {x['killed']}",
-                    f"{x['times']['again'] - x['times']['killed']:.0f}",
-                ]
+                waited = x["times"]["again"] - x["times"]["killed"]
+                cells += [f"rank {x['victim']}", f"{waited:.0f}"]
                 cells[1] += ", proven" if x["proven"] else ", NOT PROVEN"
             lines.append(f"| {' | '.join(cells)} |")
+        if "failed" in x:
+            lines.append(f"| {x['name']} | {x['failed']} |")
     return "\n".join(lines)
 
 
@@ -164,7 +176,7 @@ def main():
     parser.add_argument("--config", default="configs/grpo/qwen3_1_7b.yaml")
     parser.add_argument("--only", default=";".join(RUNS), help="with semicolons")
     parser.add_argument("--kill", default=True, action=argparse.BooleanOptionalAction)
-    parser.add_argument("--timeout", type=float, default=300, help="seconds of one run")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds of one run")
     args, args.more = parser.parse_known_args()
     tiny, args.use, args.steps = args.shape == "tiny", "gpu", 4 * BEFORE
     args.prompts, args.prompt, args.new = (4, 128, 16) if tiny else (32, 128, 512)

@@ -28,26 +28,26 @@ def pytest_addoption(parser):
     parser.addoption("--matrix", default="", help="file for the matrix of faults")
 
 
-ROWS = []  # of the matrix of faults
-
-
 @pytest.fixture
-def matrix():
+def matrix(request):
     """Add a row: fault, who, phase, seconds until every rank is gone, exit code, what is said."""
 
     def add(fault, who, phase, seconds, code, line):
         line = re.sub(r"\(log: .*/(log/rank\d+.log)\)", r"(log: \1)", line)
         time = "" if seconds is None else f"{seconds:.1f} s"
-        ROWS.append(f"| {fault} | {who} | {phase} | {time} | {code} | {line} |")
+        row = f"| {fault} | {who} | {phase} | {time} | {code} | {line} |"
+        request.node.user_properties.append(("matrix", row))  # this comes back from a worker, too
 
     return add
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if ROWS:
+    calls = [r for found in terminalreporter.stats.values() for r in found if hasattr(r, "when")]
+    rows = [row for r in calls if r.when == "call" for name, row in r.user_properties]
+    if rows:
         head = ["| fault | who | phase | all gone after | exit code | our last line |"]
         head.append("|---|---|---|---|---|---|")
-        table = "\n".join([*head, *ROWS])
+        table = "\n".join([*head, *rows])
         terminalreporter.write_line(table)
         if config.getoption("--matrix"):
             pathlib.Path(config.getoption("--matrix")).write_text(table + "\n")

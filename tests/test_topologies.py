@@ -77,8 +77,9 @@ def test_every_group_is_trained_once(one_rank, tmp_path, name, limit):
 
 
 def times_add_up(folder, trainer: int):
-    """The parts of the steps after the first are the wall time by the spans of trace.json: between
-    ends of `train` on the first trainer, between ends of `gather` on the first generator.
+    """The parts of the steps after the first are the wall time by the spans of trace.json. A step
+    of the first trainer ends when it is logged, behind `train` and before what follows; one of the
+    first generator when it tells its clock, inside `gather`.
     """
     steps = [x for x in lines(folder) if "reward" in x][1:]
     parts = ["train_s", "sync_s", "idle_trainer_s", "other_trainer_s"]
@@ -86,11 +87,15 @@ def times_add_up(folder, trainer: int):
     parts += [] if trainer else ["generate_s"]
     for rank, name, of in ((trainer, "train", parts), (0, "gather", theirs)):
         if trainer or name == "train":
-            spans = [x for x in trace(folder) if (x["pid"], x["name"]) == (rank, name)]
-            ends = [x["ts"] + x["dur"] for x in spans][:STEPS]
+            spans = [x for x in trace(folder) if x["pid"] == rank and "dur" in x]
+            own = [(x["ts"], x["ts"] + x["dur"]) for x in spans if x["name"] == name][:STEPS]
+            if name == "train":
+                starts = sorted(x["ts"] for x in spans)
+                own = [(end, next(s for s in starts if s >= end - 1)) for _, end in own]
             assert all(x[part] >= 0 for part in of for x in steps)
-            spent = sum(x[part] for part in of for x in steps)
-            assert spent == pytest.approx((ends[-1] - ends[0]) / 1e6, rel=0.1, abs=0.1), (name, of)
+            spent = sum(x[part] for part in of for x in steps) * 1e6
+            least, most = own[-1][0] - own[0][1], own[-1][1] - own[0][0]
+            assert least - 2000 <= spent <= most + 2000, (name, of, least, spent, most)
 
 
 def test_the_times_of_one_rank_add_up(one_rank):
