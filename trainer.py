@@ -9,7 +9,6 @@ import shutil
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -190,7 +189,8 @@ class Trainer:
                     shutil.rmtree(left)
                 (folder / f"partial-{self.version}").mkdir(parents=True)
             dist.barrier(group=self.world.trainers)
-            state = BlockingAsyncStager().stage(self.state())
+            # While the thread writes it training goes on, and changes what was copied.
+            state = {name: x.to("cpu", copy=True) for name, x in self.state().items()}
             job = (state, folder, self.version, finished)
             self.world.write = self.background.submit(self.write, *job)
 
