@@ -117,8 +117,7 @@ def open_source(source: str, split: str, streaming: bool = False):
     try:
         return place, datasets.load_dataset(**how, streaming=streaming)
     except Exception as error:  # of the hub, the network, the file: the user needs the reason
-        why = str(error).split("\n")[0]
-        raise UserError(f"{place}: {type(error).__name__}: {why}") from None
+        raise UserError(f"{place}: {type(error).__name__}: {error}".split("\n")[0]) from None
 
 
 def unpack(row: dict, place: str, i: int) -> tuple[str, dict | None]:
