@@ -1,7 +1,7 @@
 """Every split of three and four GPUs: a step and its parts, weights proven, a rank killed.
 
-    python benchmarks/many_gpus.py OUT                      # Qwen3-1.7B: 5 minutes a split
-    python benchmarks/many_gpus.py OUT --only="2 + 2;4 colocated" --no-kill    # 2 minutes a split
+    python benchmarks/many_gpus.py OUT                      # Qwen3-1.7B: some minutes a split
+    python benchmarks/many_gpus.py OUT --only="2 + 2;4 colocated" --no-kill    # about two
     python benchmarks/many_gpus.py OUT --shape=qwen3-8b --config=configs/grpo/qwen3_8b.yaml
     python benchmarks/many_gpus.py OUT --shape=tiny --compile=false         # a CPU, to try it
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import torch
 import torch.distributed as dist
+from generation import SHAPES
 from long_tail import word_model
 from transformers import AutoTokenizer
 
@@ -32,17 +33,6 @@ from generator import Generator
 from runtime import World
 from tasks import Task
 from trainer import Trainer
-
-HEADS = dict(num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)
-TINY = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2)
-SMALL = dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28)
-LARGE = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36)
-LARGE |= dict(num_attention_heads=32, tie_word_embeddings=False)
-SHAPES = {  # words, sizes
-    "tiny": (2048, {**HEADS, **TINY, "head_dim": 32}),
-    "qwen3-1.7b": (151_936, {**HEADS, **SMALL}),
-    "qwen3-8b": (151_936, {**HEADS, **LARGE}),
-}
 
 
 class Endless(Task):

@@ -43,7 +43,8 @@ def matrix(request):
 
 def pytest_terminal_summary(terminalreporter, config):
     calls = [r for found in terminalreporter.stats.values() for r in found if hasattr(r, "when")]
-    rows = [row for r in calls if r.when == "call" for name, row in r.user_properties]
+    told = [pair for r in calls if r.when == "call" for pair in r.user_properties]
+    rows = [row for name, row in told if name == "matrix"]
     if rows:
         head = ["| fault | who | phase | all gone after | exit code | our last line |"]
         head.append("|---|---|---|---|---|---|")

@@ -213,7 +213,7 @@ SIGINT = pytest.param(signal.SIGINT, marks=pytest.mark.long)
 def test_told_to_stop_it_saves_and_resumes(tmp_path, number):
     folder = tmp_path / "r"
     args = [*SMALL, f"--run_dir={folder}", "--eval_size=0", "--check_weights=false"]
-    command = torchrun(2, "grpo.py", *args, "--steps=200")
+    command = torchrun(3, "grpo.py", *args, "--steps=200")
     process = subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -233,7 +233,7 @@ def test_told_to_stop_it_saves_and_resumes(tmp_path, number):
     assert (folder / f"checkpoints/step-{done[-1] + 1}/about.json").exists()
     if number == signal.SIGTERM:
         more = done[-1] + 3
-        good(run(2, "grpo.py", *args, f"--steps={more}", "--resume=auto"), folder)
+        good(run(3, "grpo.py", *args, f"--steps={more}", "--resume=auto"), folder)
         assert [x["step"] for x in lines(folder)] == list(range(more))
 
 
