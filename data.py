@@ -34,7 +34,7 @@ class Examples:
         self.end = math.ceil(cfg.epochs * len(self.table)) if cfg.epochs else None
         if cfg.epochs:  # the lengths alone say how many batches that makes
             self.steps = sum(1 for _ in self.batches(self.table.select_columns("length")))
-        self.coming, self.begun = enumerate(self.batches(self.table)), None
+        self.coming, self.ahead = enumerate(self.batches(self.table)), None
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
 
     def mix(self):
@@ -103,15 +103,15 @@ class Examples:
 
     def rows(self, table):
         """Row after row for ever, epochs in orders of their own; a stream is shuffled a little."""
-        cfg = self.cfg
+        cfg, more = self.cfg, {"buffer_size": 4096} if self.cfg.streaming else {}
         for i in itertools.count():
             if table is None:
                 yield self.demonstration("train", i, i / (cfg.steps * cfg.rows_per_step))
                 continue
-            order, row = random.Random(f"{cfg.seed}/epoch {i}").getrandbits(32), None
-            for row in table.shuffle(order, **({"buffer_size": 4096} if cfg.streaming else {})):
-                yield row
-            if row is None:
+            order, part = random.Random(f"{cfg.seed}/epoch {i}").getrandbits(32), None
+            for part in table.shuffle(order, **more).iter(64):  # four times as quick as by ones
+                yield from (dict(zip(part, values)) for values in zip(*part.values()))
+            if part is None:
                 raise UserError(f"data={cfg.data}: no example of at most {cfg.max_tokens=}")
 
     def batches(self, table):
@@ -129,13 +129,14 @@ class Examples:
 
     def batch(self, step: int) -> Rollouts:
         """The table of a step; earlier ones are passed over."""
-        now = self.ahead if step == self.begun else self.thread.submit(self.read, step)
+        now = self.ahead or self.thread.submit(self.read, step)
+        self.ahead, self.next = None, step + 1
         return now.result()
 
-    def begin(self, step: int):
-        """A thread makes the table of a step, while the trainer works on another."""
-        if step < self.steps:  # nothing behind the last is read: what is left out is counted
-            self.begun, self.ahead = step, self.thread.submit(self.read, step)
+    def begin(self):
+        """A thread makes the next table, while a GPU works on another."""
+        if self.next < self.steps:  # nothing behind the last is read: what is left out is counted
+            self.ahead = self.thread.submit(self.read, self.next)
 
     def read(self, step: int) -> Rollouts:
         rows = next(rows for number, rows in self.coming if number == step)

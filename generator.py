@@ -1,7 +1,6 @@
 """The generator: rows from their first token to their reward, in an engine that never drains.
 Rows are admitted, go on turn after turn without waiting for each other, and keep running while new
-weights land between two engine steps. Token ids go in and come out; text is made for the task
-alone, and never tokenised again."""
+weights land between two engine steps. Token ids go in and come out; text is the task's alone."""
 
 import contextlib
 import time

@@ -171,6 +171,5 @@ def step_of(checkpoint: pathlib.Path) -> int:
 
 def latest_checkpoint(run_folder: pathlib.Path, before: float = float("inf")) -> str | None:
     """The newest complete checkpoint of a run, or None."""
-    found = [p for p in run_folder.glob("checkpoints/step-*") if is_checkpoint(p)]
-    found = [p for p in found if step_of(p) < before]
-    return str(max(found, key=step_of)) if found else None
+    found = sorted(filter(is_checkpoint, run_folder.glob("checkpoints/step-*")), key=step_of)
+    return next((str(p) for p in found[::-1] if step_of(p) < before), None)

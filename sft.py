@@ -116,9 +116,7 @@ def main(cfg: Config, world, run):
         rollouts = gather(data.batch(step) if data else Rollouts(), world, n)  # each its share
         if rollouts.stop:
             return run.stopped(trainer, step, rollouts)
-        if data:
-            data.begin(step + 1)  # not beside `gather`, which has a GPU wait
-        metrics = trainer.step(rollouts, sft_loss)
+        metrics = trainer.step(rollouts, sft_loss, meanwhile=data and data.begin)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and heldout:
             metrics |= trainer.evaluate(heldout, sft_loss)
         run.log(step, metrics, rollouts)

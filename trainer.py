@@ -75,11 +75,11 @@ class Trainer:
         reshard(policy)
         return out
 
-    def step(self, rollouts: Rollouts, loss_fn, divisor=None) -> dict[str, float]:
+    def step(self, rollouts: Rollouts, loss_fn, divisor=None, meanwhile=None) -> dict:
         """The optimizer steps of a gathered batch: one for each of its mini-batches, times
         `epochs_per_batch`. `loss_fn(logprobs, rows, cfg)` returns sums; `divisor(table, cfg)` is
-        what they are divided by, from the small columns of the whole mini-batch (default: its
-        sampled tokens). Returns metrics, equal on every trainer: means per sampled token."""
+        what they are divided by, from a mini-batch's small columns (default: its sampled tokens).
+        `meanwhile` is called while a GPU works. Returns means per sampled token of all trainers."""
         if not self.world.trains:
             return {}
         with self.world.span("train"):
@@ -109,6 +109,8 @@ class Trainer:
                     norms.append(self.update())
                 self.optimizer.zero_grad(set_to_none=True)
             self.version += 1
+            if meanwhile:
+                meanwhile()
             metrics, moved = self.reduce(sums), self.finite(norms)
             metrics["skipped"] = len(norms) - len(moved)
             metrics["tokens"] /= epochs

@@ -278,12 +278,14 @@ def test_what_is_wrong_with_the_batch_read_ahead_is_said_when_it_is_asked_for(tm
     data = make(task=f"{path}:Late", steps=4)
     for step in range(2):
         assert len(data.batch(step)) == 4
-        data.begin(step + 1)
-        assert data.begun == step + 1
+        data.begin()
+        assert data.ahead
     with pytest.raises(AssertionError, match="too late"):
         data.batch(2)
-    data.begin(4)  # none is behind the last
-    assert data.begun == 2
+    data = make(steps=1)
+    data.batch(0)
+    data.begin()  # none is behind the last
+    assert data.ahead is None
 
 
 @pytest.mark.parametrize("streaming", [False, True])
