@@ -61,25 +61,20 @@ class Engine:
             if not world.cuda:
                 keep_linear_weights()
                 share_no_memory()
+            same = "model", "seed", "tensor_parallel_size", "max_num_seqs", "gpu_memory_utilization"
+            how = {k: getattr(cfg, k) for k in same} | {"disable_custom_all_reduce": True}
+            how |= {"load_format": "dummy", "skip_tokenizer_init": True, "disable_log_stats": True}
+            how |= {"distributed_executor_backend": "external_launcher"}  # the ranks are there
             self.llm = vllm.LLM(
-                model=cfg.model,
-                load_format="dummy",
-                skip_tokenizer_init=True,
+                **how,
                 dtype=dtype,
-                seed=cfg.seed,
-                tensor_parallel_size=cfg.tensor_parallel_size,
-                distributed_executor_backend="external_launcher",
-                disable_custom_all_reduce=True,
                 max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
-                max_num_seqs=cfg.max_num_seqs,
-                gpu_memory_utilization=cfg.gpu_memory_utilization,
                 enforce_eager=cfg.enforce_eager or not world.cuda,
                 enable_sleep_mode=world.cuda and world.colocated and cfg.sleep == "auto",
                 logprobs_mode="processed_logprobs",  # temperature applied, as the trainer does
                 async_scheduling=world.cuda,  # the next step is queued before the last one's tokens
                 # For a prompt cut in two vLLM rewinds random states, which its CPU build cannot.
                 enable_chunked_prefill=world.cuda,
-                disable_log_stats=True,
             )
         self.core = self.llm.llm_engine
         self.writes: dict[tuple, Writes] = {}  # names of a bucket -> what loading it wrote

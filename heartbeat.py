@@ -1,5 +1,4 @@
-"""One thread a rank says where the rank is, and looks at the next: nobody waits for the dead.
-torchrun sees a rank that exits, and no other fault."""
+"""One thread a rank says where it is and looks at the next; torchrun sees nothing but exits."""
 
 import contextlib
 import datetime
@@ -53,8 +52,7 @@ class Heartbeat:
         signal.set_wakeup_fd(write_end)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        wait = lambda: (os.read(read_end, 1), self.told_to_stop())  # noqa: E731
-        for target in (wait, self.run, self.guard):
+        for target in (lambda: (os.read(read_end, 1), self.told_to_stop()), self.run, self.guard):
             threading.Thread(target=target, daemon=True).start()
 
     def key(self, name: str) -> str:

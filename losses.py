@@ -133,8 +133,7 @@ def cispo(logprobs, rows, cfg):
     """-sg(clip(ratio, 1 - low, 1 + high)) A log pi: the weight is clipped, so that no token loses
     its gradient (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5)."""
     ratio = log_ratio(logprobs, rows, cfg).exp().detach()
-    weight = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-    values = -weight * rows.advantage * logprobs
+    values = -ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * rows.advantage * logprobs
     return total(values, logprobs, rows, cfg), clip_fractions(ratio, rows, cfg, both=True)
 
 

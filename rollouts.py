@@ -154,7 +154,6 @@ def from_rows(rows: list[Row], reward_names: list[str], discount: float = 1.0) -
     table = Rollouts.blank(len(rows), max((len(r.tokens) for r in rows), default=0))
     turns = max((len(r.paid) for r in rows), default=0)
     table.returns, table.turns = torch.zeros(len(rows), turns), torch.zeros_like(table.tokens)
-    # In lists and by numpy: a tensor for each number or row would take twice as long.
     cells, small = {name: getattr(table, name).numpy() for name in PER_TOKEN}, []
     for i, row in enumerate(rows):
         what = row.index, row.reply, len(row.tokens), sum(row.mask)
@@ -162,7 +161,7 @@ def from_rows(rows: list[Row], reward_names: list[str], discount: float = 1.0) -
         to_go = [*itertools.accumulate(row.paid[::-1], lambda later, now: now + discount * later)]
         table.returns.numpy()[i] = [*to_go[::-1], *to_go[:1] * turns][:turns]
         for name, column in cells.items():
-            column[i, : len(getattr(row, name))] = getattr(row, name)
+            column[i, : len(getattr(row, name))] = getattr(row, name)  # quicker than by tensors
     for (name, dtype), values in zip(SMALL.items(), zip(*small)):
         setattr(table, name, torch.tensor(values, dtype=dtype))
     table.rewards = {k: torch.tensor([r.rewards[k] for r in rows]).float() for k in reward_names}

@@ -3,12 +3,14 @@
 import concurrent.futures
 import json
 import math
+import os
 import pathlib
 import shutil
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -167,8 +169,8 @@ class Trainer:
         return [norm for norm in map(float, norms) if math.isfinite(norm)]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that training is, by name: tensors, or it would need pickle. Settings are no part."""
-        state, steps = {}, []
+        """All that training is, by name, but the counts of updates. Settings are no part."""
+        state = {}
         for name, p in self.trained.items():
             own = self.optimizer.state[p]
             if not own:  # as AdamW itself begins
@@ -176,12 +178,10 @@ class Trainer:
                 own |= {"step": torch.zeros((), device=p.device), **zeros}
             state[f"policy.{name}"] = p.detach()
             state |= {f"{k}.{name}": own[k].detach() for k in ("exp_avg", "exp_avg_sq")}
-            steps.append(own["step"])
-        return {**state, "steps": torch.stack(steps)}
+        return state
 
     def save(self, folder: pathlib.Path, finished=lambda: None):
-        """Copy the state to host memory; a thread writes it to folder/step-N meanwhile. `finished`
-        is called on the writer when it is there. Collective."""
+        """Copy the state; a thread writes folder/step-N, then calls `finished`. Collective."""
         if not self.world.trains:
             return
         with self.world.span("save"):
@@ -191,26 +191,35 @@ class Trainer:
                     shutil.rmtree(left)
                 (folder / f"partial-{self.version}").mkdir(parents=True)
             dist.barrier(group=self.world.trainers)
-            state = {name: x.to("cpu", copy=True) for name, x in self.state().items()}
-            job = (state, folder, self.version, finished)
+            i, n = self.world.trainer_index, len(self.world.shards[0])  # from n on: copies
+            own, at = {}, {}
+            for name, x in self.state().items() if i < n else ():
+                if len(part := x.to_local()):  # FSDP2 gives ceil(rows / n) to each, as they last
+                    own[name] = part.to("cpu", copy=True)
+                    at[name] = {"saved_offsets": [-len(x) // n * -i] + [0] * (x.dim() - 1)}
+            updates = [int(self.optimizer.state[p]["step"]) for p in self.trained.values()]
+            job = (own, at, {"step": self.version, "updates": updates}, folder, finished)
             self.world.write = self.background.submit(self.write, *job)
 
-    def write(self, state: dict, folder: pathlib.Path, step: int, finished):
+    def write(self, own: dict, at: dict, about: dict, folder: pathlib.Path, finished):
         """By a temporary name: complete or absent. In a thread, on a group of its own."""
+        step, why, said = about["step"], "", [""] * self.world.num_trainers
         partial, old = folder / f"partial-{step}", folder / f"partial-old-{step}"
-        # Torch makes a file in memory, where it holds up all other threads: so none may be large.
-        number = {name: i // 16 + 1 for i, name in enumerate(state)}  # of the file it goes to
-        sink = dcp.HuggingFaceStorageWriter(str(partial), number, save_distributed=True)
-        try:
-            dcp.save(state, storage_writer=sink, process_group=self.world.savers)
-        except dcp.api.CheckpointException as error:
+        file = partial / f"trainer{self.world.trainer_index}.safetensors"
+        try:  # dcp.save would make the file in memory first, and hold up all other threads
+            save_file(own, file, {"DCP_SHARDING_INFO": json.dumps(at)})
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        except Exception as error:
+            why = " ".join(str(error).split())
+        dist.all_gather_object(said, why, group=self.world.savers)
+        if any(said):
             if self.world.writes:
                 shutil.rmtree(partial, ignore_errors=True)  # it may have filled the disk
-            why = " ".join(str(next(iter(error.failures.values()))[0]).split())
-            raise UserError(f"{folder}/step-{step} was not written: {why}") from error
+            raise UserError(f"{folder}/step-{step} was not written: {max(said)}")
         if self.world.writes:
             files = {path.name: path.stat().st_size for path in partial.iterdir()}
-            (partial / "about.json").write_text(json.dumps({"step": step, "files": files}))
+            (partial / "about.json").write_text(json.dumps({**about, "files": files}))
             if (final := folder / f"step-{step}").exists():
                 final.rename(old)
             partial.rename(final)
@@ -241,11 +250,12 @@ class Trainer:
         """Weights, optimizer and step of a checkpoint of any number of trainers. Collective."""
         if not self.world.trains:
             return
-        state, source = self.state(), dcp.HuggingFaceStorageReader(str(folder))
-        dcp.load(state, storage_reader=source, process_group=self.world.trainers)
-        for p, step in zip(self.trained.values(), state["steps"].unbind()):
-            self.optimizer.state[p]["step"].copy_(step)
-        self.version = json.loads((folder / "about.json").read_text())["step"]
+        source, about = dcp.HuggingFaceStorageReader(str(folder)), folder / "about.json"
+        dcp.load(self.state(), storage_reader=source, process_group=self.world.trainers)
+        about = json.loads(about.read_text())
+        for p, count in zip(self.trained.values(), about["updates"]):
+            self.optimizer.state[p]["step"].fill_(count)
+        self.version = about["step"]
 
 
 def reshard(policy):

@@ -1,5 +1,4 @@
-"""Weights leave the trainers as one stream of (name, full tensor), into one of two sinks: the
-generators (`sync`) and a Hugging Face folder (`export`)."""
+"""Weights leave the trainers as one stream of tensors: to engines (`sync`), a folder (`export`)."""
 
 import math
 import pathlib

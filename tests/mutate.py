@@ -210,8 +210,8 @@ MUTATIONS = r"""
 + if True:
 
 22 optimizer starts anew: trainer.py
-- dcp.load(state, storage_reader=source
-+ dcp.load({k: v for k, v in state.items() if "exp_avg" not in k}, storage_reader=source
+- dcp.load(self.state(), storage_reader=source
++ dcp.load({k: v for k, v in self.state().items() if "exp_avg" not in k}, storage_reader=source
 
 22 step starts anew: trainer.py
 - json.loads((folder / "about.json").read_text())["step"]
