@@ -34,7 +34,7 @@ class Examples:
         self.end = math.ceil(cfg.epochs * len(self.table)) if cfg.epochs else None
         if cfg.epochs:  # the lengths alone say how many batches that makes
             self.steps = sum(1 for _ in self.batches(self.table.select_columns("length")))
-        self.coming, self.ahead = enumerate(self.batches(self.table)), None
+        self.coming, self.ahead, self.next = enumerate(self.batches(self.table)), None, 0
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
 
     def mix(self):
@@ -76,7 +76,8 @@ class Examples:
         several = min(cfg.data_workers, len(rows) // 5000) or None  # to start one takes seconds
         rows = rows.map(encode, with_indices=True, num_proc=several, **how)
         few = rows.select_columns(["length", "given", "bad"]).to_list()
-        kept = [i for i, row in enumerate(few) if self.keep(len(few), row)]
+        total = self.seen + len(few)
+        kept = [i for i, row in enumerate(few) if self.keep(total, row)]
         if not kept:
             raise UserError(f"{place}: no example has at most max_tokens={cfg.max_tokens}")
         return rows.select(kept)
@@ -95,7 +96,7 @@ class Examples:
     def demonstration(self, split: str, i: int, progress: float) -> dict:
         text = self.task.demonstration(f"{self.cfg.seed}/{split}/{i}", progress)
         make = load_symbol(self.form, "form")
-        made = make({"pieces": [text]}, [i], "", self.tokenizer, "assistant")
+        made = make({"pieces": [text]}, [i], "", self.tokenizer, self.cfg.loss_on)
         if (why := made["bad"][0]) or made["length"][0] > self.cfg.max_tokens:
             what = why or f"{made['length'][0]} tokens, over max_tokens={self.cfg.max_tokens}"
             raise UserError(f"task={self.cfg.task}: a demonstration has {what}")
@@ -109,10 +110,10 @@ class Examples:
                 yield self.demonstration("train", i, i / (cfg.steps * cfg.rows_per_step))
                 continue
             order, part = random.Random(f"{cfg.seed}/epoch {i}").getrandbits(32), None
-            for part in table.shuffle(order, **more).iter(64):  # four times as quick as by ones
+            for part in table.shuffle(order, **more).iter(64):  # thrice as quick as by ones
                 yield from (dict(zip(part, values)) for values in zip(*part.values()))
             if part is None:
-                raise UserError(f"data={cfg.data}: no example of at most {cfg.max_tokens=}")
+                raise UserError(f"data={cfg.data}: no example of at most {cfg.max_tokens} tokens")
 
     def batches(self, table):
         """Lists of rows, from the first on: `rows_per_step`, or what `tokens_per_step` holds."""
@@ -129,13 +130,13 @@ class Examples:
 
     def batch(self, step: int) -> Rollouts:
         """The table of a step; earlier ones are passed over."""
-        now = self.ahead or self.thread.submit(self.read, step)
+        now = self.ahead if step == self.next else None
         self.ahead, self.next = None, step + 1
-        return now.result()
+        return (now or self.thread.submit(self.read, step)).result()
 
     def begin(self):
         """A thread makes the next table, while a GPU works on another."""
-        if self.next < self.steps:  # nothing behind the last is read: what is left out is counted
+        if not self.ahead and self.next < self.steps:  # none behind the last: it would be counted
             self.ahead = self.thread.submit(self.read, self.next)
 
     def read(self, step: int) -> Rollouts:

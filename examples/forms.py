@@ -52,6 +52,8 @@ def read(row: dict, chat: bool) -> list:
     if not isinstance(row.get("prompt"), str) or reply is None:
         what = "no 'messages', no 'instruction' with 'output', no 'prompt' with 'completion'"
         raise ValueError(f"{what}: {sorted(row)}")
+    if not isinstance(reply, str | int | float):
+        raise ValueError(f"the reply to 'prompt' is no text: {reply!r:.60}")
     if chat:  # as RL asks the same prompt
         turns = {"user": row["prompt"], "assistant": str(reply)}
         return [{"role": role, "content": text} for role, text in turns.items()]
@@ -96,7 +98,10 @@ def by_template(turns: list[dict], tokenizer, loss_on: str) -> list[tuple[list[i
         if before[: len(tokens)] != tokens:
             rows, tokens, mask = [*rows, ([], [])], [], []
         said = after[len(before) :]
-        rest = said[::-1].index(eos) if eos in said else 0  # a newline behind the end of turn
+        ends = [i for i, t in enumerate(said, 1) if t == eos]
+        if not ends:  # the template's own end of turn (Qwen3's base models)
+            ends = [i for i, t in enumerate(said, 1) if tokenizer.decode([t]).strip()]
+        rest = len(said) - max(ends, default=0)  # a newline behind the end of turn
         mask = mask + [False] * (len(before) - len(tokens)) + [True] * (len(said) - rest)
         rows[-1] = after, mask + [False] * rest
     return rows

@@ -65,10 +65,11 @@ MUTATIONS = r"""
 + pass
 
 5 mask = ids != pad: rollouts.py
-- values = getattr(row, name)
+- column[i, : len(getattr(row, name))] = getattr(row, name)
 + values = getattr(row, name)
 +             if name == "mask":
 +                 values = [m and t != 0 for m, t in zip(row.mask, row.tokens)]
++             column[i, : len(values)] = values
 
 5 pads are not forwarded: model.py
 - positions < torch.tensor(room)[:, None]
@@ -80,8 +81,8 @@ MUTATIONS = r"""
 +             row.append_sampled(*(x[:n] for x in turn), self.version)
 
 6 rows padded on the left: rollouts.py
-- [i, : len(values)]
-+ [i, -len(values) :]
+- [i, : len(getattr(row, name))]
++ [i, -len(getattr(row, name)) :]
 
 7 ratio to itself: losses.py
 - return rows.logprobs
@@ -214,8 +215,8 @@ MUTATIONS = r"""
 + dcp.load({k: v for k, v in self.state().items() if "exp_avg" not in k}, storage_reader=source
 
 22 step starts anew: trainer.py
-- json.loads((folder / "about.json").read_text())["step"]
-+ 0
+- self.version = about["step"]
++ self.version = 0
 
 22 prompts by history: tasks.py
 - divmod(step * self.cfg.prompts_per_step + slot, len(self.train))
@@ -251,8 +252,8 @@ MUTATIONS = r"""
 +     return centred.float().gather(1, rollouts.turns) * rollouts.mask
 
 25 mean over reward functions: rollouts.py
-- table.reward[i] = sum(row.paid)
-+ table.reward[i] = sum(row.paid) / len(row.rewards)
+- row.finished, sum(row.paid))
++ row.finished, sum(row.paid) / len(row.rewards))
 
 25 shuffle without a seed: tasks.py
 - random.Random(f"{seed}/epoch {epoch}")

@@ -127,6 +127,14 @@ def test_a_checkpoint_loads_onto_another_number_of_trainers(sft, world):
     assert all((s["exp_avg_sq"].full_tensor() >= 0).all() for s in states) and trainer.version == 4
 
 
+def test_the_best_is_resumed_by_its_link(sft, world, tmp_path):
+    folder = shutil.copytree(sft, tmp_path / "r", symlinks=True)
+    run = start(world, folder, resume=f"{folder}/checkpoints/best")
+    best = int(os.readlink(folder / "checkpoints/best").removeprefix("step-"))
+    assert run.resume(Trainer(Config(model=str(ROOT / "assets/blank")), world)) == best
+    assert len(lines(folder)) == best  # the run goes on in its folder
+
+
 @pytest.mark.parametrize("damage", ["cut", "missing", "longer", "noise", "about", "foreign"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     sft, world, tmp_path, capfd, damage

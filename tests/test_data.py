@@ -1,18 +1,24 @@
 """Data for SFT: forms, masks, sources and their weights, bad rows, batches, streams."""
 
+import contextlib
 import json
 import re
+import shutil
 
 import pytest
 from conftest import ROOT, lines, run
 from test_checkpoints import learned
+from test_record import start
 from test_runs import good
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import report
 import sft
+import weights
 from data import Examples
+from generator import eos_tokens
+from model import check_config
 from runtime import UserError, load_symbol
 from trainer import Trainer
 
@@ -38,13 +44,13 @@ CHAT = [
 ]
 
 
-def chat_tokenizer(template: str | None):
+def chat_tokenizer(template: str | None, eos: str = "<|end|>"):
     """A token a byte, and the template's marks."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     bare = Tokenizer(models.BPE(vocab={x: i for i, x in enumerate(letters)}, merges=[]))
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bare.decoder = decoders.ByteLevel()
-    marks = {"eos_token": "<|end|>", "additional_special_tokens": ["<|start|>", "<think>"]}
+    marks = {"additional_special_tokens": ["<|start|>", "<think>", "<|end|>"], "eos_token": eos}
     made = PreTrainedTokenizerFast(tokenizer_object=bare, **marks)
     made.chat_template = template
     return made
@@ -88,6 +94,33 @@ def test_a_turn_that_the_template_shows_otherwise_later_is_trained_as_it_was_sam
         trained({"messages": CHAT}, PREFIX)
 
 
+def test_a_template_that_ends_a_turn_otherwise_than_eos(world, tmp_path):
+    """As those of base models may: the end of turn is trained, not the newline behind it, and the
+    model that is exported says that replies end there."""
+    tokenizer = chat_tokenizer(PLAIN, eos="<|stop|>")
+    out = encode({"messages": [CHAT]}, [0], "here", tokenizer, "assistant")
+    said = [t for t, on in zip(out["tokens"][0], out["mask"][0], strict=True) if on]
+    assert tokenizer.decode(said) == "2<|end|>3<|end|>"
+    assert report.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>")
+    for template in (PLAIN, None):
+        assert report.end_of_turn(chat_tokenizer(template)) is None
+    model = shutil.copytree(ROOT / "assets/calculator", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<bos>{% endfor %}"
+    tokenizer.save_pretrained(model)
+    path = write(tmp_path / "a.jsonl", *sums(20))
+    made = start(world, tmp_path / "r", model=str(model), data=path, epochs=1.0)
+    data = Examples(made.cfg, tokenizer)
+    said = report.before(data, world, check_config(str(model)), True)
+    assert "the chat template ends a turn with '<bos>', not with the EOS '<eos>'" in said
+    assert f"steps: {data.steps}\n" in (made.folder / "config.yaml").read_text()  # not the default
+    trainer = Trainer(made.cfg, world, tokenizer)
+    report.after(data, trainer, made)
+    weights.export(trainer, tmp_path / "out", world)
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    assert eos_tokens(str(tmp_path / "out"), tokenizer) == ends
+
+
 def test_forms_without_a_template_and_with_one():
     alpaca = {"instruction": "Add.", "input": "1 1", "output": "2"}
     heads = "### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n"
@@ -104,6 +137,8 @@ def test_forms_without_a_template_and_with_one():
     pieces = {"pieces": [["1+1=", False], ["2", True]]}  # a task's own: as they stand
     assert trained(pieces) == [("1+1=2<|end|>", "2<|end|>")]
     assert trained(pieces, loss_on="all") == [("1+1=2<|end|>", "+1=2<|end|>")]
+    whole = make(loss_on="all").batch(0)  # of a task, too
+    assert (whole.sampled == whole.length - 1).all()
 
 
 @pytest.mark.parametrize(
@@ -111,6 +146,7 @@ def test_forms_without_a_template_and_with_one():
     [
         ({"text": "x"}, PLAIN, "no 'messages', no 'instruction' with 'output', no 'prompt'"),
         ({"messages": CHAT[:2]}, PLAIN, "nothing in it is to be trained"),
+        ({"prompt": "1+1=", "completion": ["2"]}, None, "the reply to 'prompt' is no text: ['2']"),
         ({"messages": "x"}, PLAIN, "not a list of texts with 'role' and 'content'"),
         ({"messages": [{"role": "user", "content": None}]}, PLAIN, "not a list of texts"),
         ({"messages": CHAT}, None, "the model has no chat template"),
@@ -206,6 +242,11 @@ def test_bad_rows_stop_the_run_beyond_a_share(tmp_path, streaming):
     if not streaming:  # a stream's share is of 1000 rows, until it has seen more
         with pytest.raises(UserError, match="line 9: .*more are bad than max_bad=0.05 allows"):
             make(data=path, max_bad=0.05)
+        good = write(tmp_path / "b.jsonl", *sums(40, 100))
+        for both in (f"{path},{good}", f"{good},{path}"):  # the share is of what was seen so far
+            fits = both.startswith(good)
+            with contextlib.nullcontext() if fits else pytest.raises(UserError, match="more are"):
+                assert len(make(data=both, max_bad=0.05).bad) == 2
     data = make(data=path, max_bad=0.1, streaming=streaming, steps=4)
     assert len(set(sum(texts(data, range(4)), []))) == 16  # behind the last nothing is read
     said = report.left_out(data)
@@ -282,9 +323,10 @@ def test_what_is_wrong_with_the_batch_read_ahead_is_said_when_it_is_asked_for(tm
         assert data.ahead
     with pytest.raises(AssertionError, match="too late"):
         data.batch(2)
-    data = make(steps=1)
-    data.batch(0)
-    data.begin()  # none is behind the last
+    data, again = make(steps=2), make(steps=2)
+    for step in range(2):
+        assert data.batch(step).tokens.tolist() == again.batch(step).tokens.tolist()
+        data.begin()  # none is behind the last
     assert data.ahead is None
 
 
@@ -322,6 +364,13 @@ def test_a_model_that_cannot_fit_says_so(world, tmp_path):
     with pytest.raises(UserError, match="counted: .* of .* GB .*, which cannot fit: more ranks"):
         sft.check(sft.Config(model=str(tmp_path)), world)
     sft.check(sft.Config(), world)
+    for settings in ({"tokens_per_step": 100}, {"epochs": 1.0}):  # of a task, which has no end
+        with pytest.raises(UserError, match="of data without a known length; give --steps"):
+            sft.check(sft.Config(**settings), world)
+    with pytest.raises(UserError, match="epochs=1, .*of data without a known length"):
+        sft.check(sft.Config(data="a.jsonl", epochs=1.0, streaming=True), world)
+    assert report.problem(sft.Config(data="a.jsonl", epochs=3.0, profile_steps="900")) == ""
+    assert "profile_steps" in report.problem(sft.Config(profile_steps="900"))
 
 
 # ---------------------------------------------------------------- whole runs

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import textwrap
 
+import mutate
 import pytest
 from conftest import ROOT
 
@@ -41,6 +42,11 @@ def test_arrows_between_files(name):
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.partition(".")[0])
     assert imported & MAY_IMPORT.keys() <= MAY_IMPORT[name]
+
+
+def test_mutations_follow_the_code():
+    for number, _, file, old, _ in mutate.mutations():
+        assert (ROOT / file).read_text().count(old) == 1, (number, file, old)
 
 
 def test_budget():

@@ -28,7 +28,8 @@ CALCULATOR = ROOT / "assets/calculator"
 def start(world, folder, **settings) -> Run:
     """A run whose log does not take this process's output."""
     mine = os.dup(1), os.dup(2)
-    run = Run(sft.Config(run_dir=str(folder), model=str(CALCULATOR), **settings), world)
+    settings = {"run_dir": str(folder), "model": str(CALCULATOR), **settings}
+    run = Run(sft.Config(**settings), world)
     for kept, number in zip(mine, (1, 2)):
         os.dup2(kept, number), os.close(kept)
     HEART.screen = run.screen
@@ -82,7 +83,13 @@ def test_lines_of_steps_to_be_done_again_are_forgotten(world, tmp_path):
     report.append(run, "metrics.jsonl", {"step": 0}, {"step": 1}, evaluation, {"step": 2})
     with open(run.folder / "metrics.jsonl", "a") as f:
         f.write('{"step": 3, "rew')  # killed while writing
+    for step in range(4):
+        report.append_spans(run.folder, "trainer", {"rank": 0, "spans": [("train", 0, 1)]}, step)
     run.truncate(2)
+    events = report.timeline(run.folder / "trace.json")["early"]
+    assert [step for *_, step in events] == [1] and (run.folder / "trace.json").read_text()[
+        0
+    ] == "["
     assert lines(run.folder) == [{"step": 0}, {"step": 1}, evaluation]
     assert run.rows == [{"step": 0}, {"step": 1}] and run.evals == {1: (0.5, 0.1)}
     (run.folder / "metrics.jsonl").write_text('{"step": 0, "rew\n{"step": 1}\n')
