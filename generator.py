@@ -84,7 +84,8 @@ class Generator:
         """Tokenise every prompt; empty ones and those over max_prompt_tokens are not asked."""
         self.note(*report.advice(self.cfg, self.task, self.tokenizer))
         limit = self.cfg.max_prompt_tokens
-        for split, every in (("train", self.task.train), ("heldout", self.task.heldout)):
+        for split in ("train", "heldout")[: 1 + bool(self.cfg.eval_size)]:
+            every = getattr(self.task, split, [])
             every = [{**e, "tokens": self.encode_prompt(e["prompt"])} for e in every]
             kept = [e for e in every if 0 < len(e["tokens"]) <= limit]
             what = f"of {len(every)} {split} prompts: over max_prompt_tokens={limit}, or empty"
@@ -155,8 +156,7 @@ class Generator:
                 self.start_group(self.batch, slot, attempt=0)
 
     def take_slot(self, batch: int) -> int | None:
-        """The next slot of a batch, None after the last: from a counter in torchrun's store, so
-        that engines finish together; `deterministic` deals them out."""
+        """A batch's next slot or None, by a counter in torchrun's store, or dealt out."""
         engines, taken = len(self.world.engines), self.taken.get(batch, 0)
         dealt = self.cfg.deterministic or engines == 1
         slot = taken * engines + self.world.engine if dealt else self.world.count(f"slots/{batch}")
@@ -165,7 +165,7 @@ class Generator:
 
     def admit_evaluation(self):
         """Held-out problems for the new weights, dealt to the engines; they run beside training."""
-        problems = self.task.heldout[: self.cfg.eval_size]
+        problems = self.task.heldout[: self.cfg.eval_size] if self.cfg.eval_size else []
         for slot in range(self.world.engine, len(problems), len(self.world.engines)):
             for reply in range(self.cfg.eval_samples):
                 self.start(Row(self.version, slot, 0, reply, Episode(problems[slot]), True))
@@ -209,8 +209,7 @@ class Generator:
             self.workers.ask(row, may_go_on=row.finished)
 
     def apply_jobs(self):
-        """Take what the workers have finished: the next turn of a row, or its end. `deterministic`
-        waits for all of it, so that the engine always sees the same rows."""
+        """Take what the workers have finished, turns and ends; `deterministic` waits for all."""
         answers = self.workers.answers()
         while self.cfg.deterministic and len(self.workers):
             self.world.lap()
@@ -240,9 +239,8 @@ class Generator:
                 self.workers.ask(row, may_go_on=False)
 
     def completed(self, row: Row):
-        """A row has its reward. When its group's are all equal, the slot draws another prompt for
-        the same batch, up to `max_refills` times (DAPO, arXiv 2503.14476, 3.2). A bias that the log
-        shows: batches leave out what is solved and what is hopeless."""
+        """A row has its reward. Where its group's returns are equal the slot draws another prompt,
+        up to `max_refills` times (DAPO, arXiv 2503.14476, 3.2): a bias, which the log shows."""
         if row.evaluates:
             return self.judged.append(row)
         group = self.groups.setdefault((row.step, row.slot), [])
@@ -250,17 +248,15 @@ class Generator:
         if len(group) < self.cfg.group_size:
             return
         del self.groups[row.step, row.slot]
-        rewards = torch.tensor([sum(r.paid) for r in group]).unique()  # float32, as in the table
-        turns = any(any(r.paid[:-1]) for r in group)  # then equal sums may still teach
-        if len(rewards) == 1 and not turns and row.attempt < self.cfg.max_refills:
-            self.refills.setdefault(row.step, []).append(float(rewards))
-            self.start_group(row.step, row.slot, row.attempt + 1)
-        else:
-            self.complete.setdefault(row.step, []).extend(group)
+        if row.attempt < self.cfg.max_refills:
+            returns = from_rows(group, [], self.cfg.discount).returns  # as advantages compare them
+            if (returns == returns[0]).all():
+                self.refills.setdefault(row.step, []).append(sum(row.paid))
+                return self.start_group(row.step, row.slot, row.attempt + 1)
+        self.complete.setdefault(row.step, []).extend(group)
 
     def run_until(self, done):
-        """Step the engine until `done()`. The ranks of an engine act on one message a step, from
-        the first of them: whether to stop, and what to admit."""
+        """Step the engine until `done()`. Its ranks act on one message a step, from the first."""
         while True:
             requests = [None]  # stop
             if self.world.leads:

@@ -46,7 +46,7 @@ class Config:
     max_new_tokens: int = 40  # tokens after the prompt, the environment's too; at least 1
     max_turns: int = 4  # turns of the policy in one reply; at least 1
     episode_seconds: float = 0.0  # a turn that ends later than this is the last; 0: no limit
-    temperature: float = 1.0  # of the sampling, and of the trainer's log-probs; above 0
+    temperature: float = 1.0  # of the sampling, and of the trainer's log-probs; at least 0.01
     top_p: float = 1.0  # at least 1, at most 1: filtered sampling has other log-probs
     # what is learned from it
     discount: float = 1.0  # of a later turn's reward, a turn; above 0, at most 1

@@ -1,8 +1,7 @@
-"""Advantages, policy losses and their divisors: pure functions of tensors. No model, no rank.
-A loss is `loss(logprobs (B, T), rows, cfg) -> (sum, {name: sum})`. It returns sums over the tokens
-it was given; the trainer divides once, by `divisor` of the whole mini-batch. So no split into
-micro-batches or ranks changes the gradient. What a token counts in the sum is its row's `share`:
-`shares` and `divisor` together are the aggregation."""
+"""Advantages, policy losses and their divisors: pure functions of tensors. A loss is
+`loss(logprobs (B, T), rows, cfg) -> (sum, {name: sum})`, over the tokens it was given; the trainer
+divides once, by `divisor` of the whole mini-batch, so no split into micro-batches or ranks changes
+the gradient. A token counts its row's `share`: `shares` and `divisor` are the aggregation."""
 
 import math
 
@@ -31,9 +30,8 @@ def group_advantages(rollouts, kind: str = "mean_std") -> torch.Tensor:
 
 
 def row_weights(rollouts, cfg) -> torch.Tensor:
-    """(N,) 0 or 1: whether a row counts, in the loss and in every divisor. overlong=mask leaves out
-    replies that were cut off (DAPO, arXiv 2503.14476, section 3.4); equal_rewards=mask leaves out
-    groups that teach nothing, which else dilute the divisor."""
+    """(N,) 0 or 1: whether a row counts, in loss and divisors. overlong=mask: not if it was cut off
+    (DAPO, arXiv 2503.14476, section 3.4); equal_rewards=mask: not in groups that teach nothing."""
     weight = torch.ones(len(rollouts))
     if cfg.overlong == "mask":
         weight[~rollouts.finished] = 0.0
@@ -196,9 +194,8 @@ def clip_fractions(ratio, rows, cfg, both: bool = False) -> dict[str, torch.Tens
 
 
 def figures(logprobs: torch.Tensor, rows, cfg) -> dict[str, torch.Tensor]:
-    """What every policy loss should report, as sums over tokens; `_max` are maxima. The mismatch is
-    that of the trainer (before the batch's first update where that was kept) and the generator,
-    whose tokens these are: KL(generator || trainer) by k3."""
+    """What every policy loss reports, as sums over tokens; `_max` are maxima. Mismatch:
+    KL(generator || trainer) by k3, the trainer before the batch's updates where that was kept."""
     keep = rows.mask * rows.weight[:, None]  # (B, T) 1 where a token counts
     age = ((rows.index[:, None] >> 32) - rows.version) * keep  # in steps, sampling to training
     trainer = logprobs if rows.old_logprobs is None else rows.old_logprobs

@@ -25,7 +25,9 @@ class Run:
         self.tokens = 0  # since this start: a resumed run's earlier lines have other seconds
         self.finished, self.finishing = False, threading.Lock()  # a signal's thread may finish too
         self.screen = os.fdopen(os.dup(2), "w", buffering=1)
+        self.restarted = world.restart > 0 and world.store.check(["nanoforge/folder"])  # came here
         self.checkpoint = world.agree(self.choose_checkpoint() if world.writes else None)
+        world.store.set("nanoforge/folder", "chosen")
         (self.folder / "log").mkdir(parents=True, exist_ok=True)
         self.log_file = self.folder / "log" / f"rank{world.rank}.log"
         log = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -38,7 +40,7 @@ class Run:
         """Where this run starts from. An earlier run that it does not go on is set aside. A restart
         by torchrun goes on in its folder, before its first checkpoint from the given one."""
         given = None if self.cfg.resume in ("no", "auto") else self.cfg.resume
-        restarted, newest = self.world.restart > 0, latest_checkpoint(self.folder)
+        restarted, newest = self.restarted, latest_checkpoint(self.folder)
         if newest and (restarted or self.cfg.resume == "auto"):
             return newest
         if self.cfg.resume == "auto":
@@ -58,8 +60,7 @@ class Run:
         self.screen.write(text + "\n")
 
     def truncate(self, start: int):
-        """After a resume: forget the lines of steps that will be done again, and set their
-        checkpoints aside, which a restart would else take for this run's."""
+        """Forget the lines of steps that will be done again, and set their checkpoints aside."""
         for path in self.folder.glob("checkpoints/step-*"):
             if step_of(path) > start:
                 path.rename(path.with_name(f"aside-{time.time_ns()}-{path.name}"))
@@ -70,7 +71,7 @@ class Run:
     def resume(self, trainer) -> int:
         """Load the checkpoint to start from; returns the first step. One that cannot be loaded is
         named, and the one before it here is taken, or the run stops. Collective."""
-        began = self.checkpoint or self.world.restart > 0
+        began = self.checkpoint or self.restarted
         while self.checkpoint:
             path = pathlib.Path(self.checkpoint).resolve()  # `best` is a link
             own, problem = path.parent.parent == self.folder.resolve(), None
@@ -96,10 +97,12 @@ class Run:
         was lost with the run. The checkpoint before, if there is one, makes it again."""
         version, cfg, metrics = step_of(path) - 1, self.cfg, self.folder / "metrics.jsonl"
         judges = getattr(cfg, "eval_samples", 0) and cfg.eval_size and cfg.eval_every
-        if not judges or version % judges or not latest_checkpoint(self.folder, version + 1):
+        wanted = cfg.resume not in ("no", "auto") or (path / "stopped").exists()
+        if wanted or not judges or version % judges:
             return ""
         lines = report.read_lines(metrics) if metrics.exists() else []
         judged = version in {x["step"] for x in lines if "eval_reward" in x}
+        judged = judged or not latest_checkpoint(self.folder, version + 1)
         return "" if judged else f"version {version} was not yet judged"
 
     def save(self, trainer, step: int):
@@ -132,7 +135,8 @@ class Run:
         self.log(step, {}, rollouts)  # evaluations that ended meanwhile
         with self.world.span("save"):
             if trainer.version > 0:
-                trainer.save(self.folder / "checkpoints", self.prune)
+                mark = self.folder / f"checkpoints/step-{step}/stopped"  # for `unjudged`
+                trainer.save(self.folder / "checkpoints", lambda: (mark.touch(), self.prune()))
                 trainer.saved()
             self.world.agree(None)
         if self.world.writes:
@@ -147,8 +151,7 @@ class Run:
         report.log(self, step, metrics, rollouts)
 
     def finish(self, says: bool = True):
-        """The bar's end, the curves, and the table that a person reads: once, whoever asks. Where
-        another rank's failure has been said, that is the last line."""
+        """The bar's end and the table that a person reads; not behind a failure that was said."""
         with self.finishing:
             if not self.world.writes or not self.rows or self.finished:
                 return

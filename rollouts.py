@@ -220,10 +220,9 @@ def from_cells(cells: torch.Tensor, table: Rollouts):
 
 
 def gather(rollouts: Rollouts, world, tokens_per_microbatch: int, minibatches: int = 1) -> Rollouts:
-    """Rows from the engines -> each trainer's share of the batch. Collective, rows or not. One
-    fixed header per rank, then the small columns of every row to everyone. Each rank alone computes
-    the same packing plan from them, and the token columns go only to the trainer that trains the
-    row: it returns with its own rows and their `plan`."""
+    """Rows from the engines -> each trainer's share of the batch. Collective, rows or not. A header
+    per rank, then the small columns of every row to everyone, who computes the same packing plan
+    from them; token columns go to the row's trainer alone, which returns its rows and `plan`."""
     world.arrive("gather")
     with world.span("gather"):
         group, me, ranks = world.control, world.rank, range(world.size)

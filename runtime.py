@@ -49,8 +49,11 @@ def settings(config_class, argv: list[str]):
     for f in dataclasses.fields(config_class):
         about = meaning.get(f.name, "")
         parser.add_argument(f"--{f.name}", type=f.type, default=getattr(plain, f.name), help=about)
+    # The file first, wherever it stands: jsonargparse takes what comes last.
+    at = next((i for i, x in enumerate(argv) if x.partition("=")[0] == "--config"), len(argv))
+    end = at + (2 if argv[at:] and argv[at] == "--config" else 1)
     try:
-        values = parser.parse_args(argv).as_dict()
+        values = parser.parse_args([*argv[at:end], *argv[:at], *argv[end:]]).as_dict()
     except (jsonargparse.ArgumentError, TypeError, OSError) as error:
         text = " ".join(str(error).split())
         said = r"(?:[Uu]nrecognized arguments: --|[Kk]ey '|[Oo]ption '|not accepted: )([\w.]+)"
@@ -252,6 +255,9 @@ def watch(world: World, run: Run):
             time.sleep(0.1)
         HEART.say(dead)  # if a rank is, that is why torchrun tells this one to stop
         with contextlib.suppress(Exception):
+            if world.writes and not dead and not world.has_failed():
+                limit = f"stop_seconds={run.cfg.stop_seconds:g} after the signal"
+                run.say(f"\ncut short in {HEART.phase}, {limit}: this step is not saved")
             run.finish(says=not world.has_failed())
         HEART.exit()
 

@@ -28,8 +28,7 @@ class Episode:
 
 
 class Task:
-    """Subclass it, fill `train` and `heldout`, list your rewards. --task_settings.NAME=... sets any
-    attribute that has a value here or in your class."""
+    """Fill `train` and `heldout`, list your rewards; --task_settings.NAME=... sets attributes."""
 
     system: str = ""  # system prompt, for models with a chat template
     template: str = ""  # a chat template (Jinja) in place of the model's own
@@ -50,8 +49,7 @@ class Task:
             if kind not in (str, int, float, bool, list, dict) or not fits:
                 raise UserError(f"task_settings.{name}={value!r}: not a setting of task={cfg.task}")
             setattr(self, name, {**old, **value} if kind is dict else kind(value))
-        # Functions of an Episode -> float, or a list: what each turn of the policy has earned.
-        # Logged by their names; an episode's reward is their weighted sum.
+        # Functions of an Episode -> float, or a list: what each turn earned. Weighted, they add up.
         self.rewards = [self.correct]
         self.permutation = functools.lru_cache(1)(permutation)  # of the present epoch
 
@@ -60,9 +58,8 @@ class Task:
         return float(episode.text.strip() == str(episode.problem["answer"]))
 
     def reply(self, episode: Episode) -> str | list[dict] | None:
-        """The environment's answer to each turn of the policy; None ends the episode. Text goes on
-        after a `stop` character; after EOS it is the user's next message, by the model's chat
-        template. A list is messages, with `role` and `content`."""
+        """The environment's answer to a turn of the policy; None ends the episode. Text goes on
+        after a `stop` character; after EOS it, or a list of messages, goes by the chat template."""
         return None
 
     def problem(self, step: int, slot: int, attempt: int = 0) -> dict:

@@ -119,14 +119,15 @@ def answer(rows: list[tuple[Row, bool]], seconds: float) -> list[tuple]:
 
 
 async def judge(task: Task, row: Row, may_go_on: bool, seconds: float, loop=None) -> list[tuple]:
-    """[(reply, rewards, what each turn earned by their weights, what the environment remembers,
-    seconds)]; the reply is None once there are rewards."""
+    """[(reply or, with rewards, None; rewards; paid to each turn; episode.state; seconds)]"""
     start, reply, rewards = time.perf_counter(), None, {}
     paid = [0.0] * max(len(row.episode.turns[::2]), 1)  # the policy's turns
     if may_go_on:
         function = task.reply if row.episode.turns else task.start
         reply = await guarded(function, row, seconds, loop)
-        if not isinstance(reply, str | list) and (reply is not None or not row.episode.turns):
+        said = reply if isinstance(reply, list) else [{"content": reply}]
+        kinds = {type(isinstance(m, dict) and m.get("content")) for m in said}
+        if kinds - {str} and (reply is not None or not row.episode.turns):
             raise UserError(f"{reward_name(function)} returned {reply!r} ({row.name()})")
     for function in task.rewards if reply is None else ():
         value, name = await guarded(function, row, seconds, loop), reward_name(function)
@@ -150,8 +151,8 @@ async def guarded(function, row: Row, seconds: float, loop):
                 return await work
         signal.setitimer(signal.ITIMER_REAL, seconds)
         return function(row.episode)
-    except (Exception, KeyboardInterrupt) as error:
-        what = f"raised {type(error).__name__}: {error}"
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        what = f"raised {type(error).__name__}: {' '.join(str(error).split())}"
         if isinstance(error, KeyboardInterrupt) or limit and limit.expired():
             what = f"took longer than task_seconds={seconds:g}"
         raise UserError(f"{name} {what} ({row.name()})") from error

@@ -172,6 +172,10 @@ def test_the_environment_makes_the_prompt_and_sees_the_last_turn(playing):
     task.start = nothing.start  # a method, as in a task
     with pytest.raises(UserError, match="<lambda> returned None .*step 0, slot 0"):
         begin(playing(task, chat_tokenizer()))
+    for wrong in ([{"role": "user"}], [None], 0):  # of a turn, too
+        task = task_of(lambda e: 1.0, reply=lambda e, wrong=wrong: wrong)
+        with pytest.raises(UserError, match="<lambda> returned .*step 0, slot 0"):
+            says(made := playing(task, chat_tokenizer()), begin(made) and "a<|end|>")
 
 
 def test_an_episode_that_takes_too_long_is_cut_off(playing):

@@ -180,6 +180,9 @@ def test_prompts_of_no_and_of_100_000_tokens(tmp_path):
     made.prepare_prompts()
     assert [e["prompt"] for e in made.task.train] == ["1+1="] * 3
     assert "left out 2 of 5 train prompts" in made.told["notes"][0]
+    del made.task.heldout
+    made.cfg.eval_size = 0  # then nobody needs any
+    made.prepare_prompts()
     made.task.train = odd
     with pytest.raises(UserError, match="left out all of 2 train prompts: over max_prompt"):
         made.prepare_prompts()

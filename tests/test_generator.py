@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from examples.calculator import Calculator
 from generator import Generator
-from rollouts import Row
+from losses import group_advantages
+from rollouts import Row, from_rows
 from runtime import UserError
 from tasks import Episode, Task
 from workers import PORTION, Workers
@@ -129,6 +130,31 @@ def task_of(*rewards, reply=None):
     return task
 
 
+@pytest.mark.parametrize(
+    ("paid", "discount", "again"),
+    [
+        ([[1.0], [1.0]], 1.0, True),
+        ([[1.0], [0.0]], 1.0, False),
+        ([[1.0], [0.0, 0.0, 1.0]], 1.0, True),  # the same return at each turn
+        ([[1.0], [0.0, 0.0, 1.0]], 0.5, False),  # the first one came sooner
+        ([[0.0], [0.0, 0.0]], 0.5, True),
+        ([[1.0, 0.0], [0.0, 1.0]], 1.0, False),
+    ],
+)
+def test_a_group_is_drawn_again_where_its_advantages_are_zero(make, paid, discount, again):
+    made, drawn = make(task_of(slow), group_size=2, max_refills=1, discount=discount), []
+    made.refills, made.start_group = {}, lambda *what: drawn.append(what)
+    group = [row("a"), row("b")]
+    for one, earned in zip(group, paid):
+        n = len(earned)  # a token a turn
+        one.paid, one.tokens, one.mask, one.turns = earned, [1] * n, [True] * n, [*range(n)]
+        one.logprobs, one.version = [0.0] * n, [0] * n
+        made.completed(one)
+    assert drawn == [(3, 4, 1)] * again and (made.complete == {}) == again
+    table = from_rows(group, [], discount)
+    assert bool(group_advantages(table, "mean").any()) != again
+
+
 @pytest.mark.parametrize("reward", [slow, waits])
 def test_deterministic_waits_for_every_row(make, reward):
     """Even for those that wait in the queue longer than the limit, which is each row's own."""
@@ -161,9 +187,24 @@ def ends(episode):
     os._exit(3)
 
 
+def speaks(episode):
+    raise ValueError("of\n two lines")
+
+
+def leaves(episode):
+    sys.exit(3)
+
+
+async def leaves_too(episode):
+    sys.exit(3)
+
+
 @pytest.mark.parametrize(
     ("reward", "sentence"),
     [
+        (speaks, "speaks raised ValueError: of two lines"),
+        (leaves, "leaves raised SystemExit: 3"),
+        (leaves_too, "leaves_too raised SystemExit: 3"),
         (stuck, "stuck took longer than task_seconds=0.3"),
         (catches, "catches took longer than task_seconds=0.3"),
         (asks, "asks took longer than task_seconds=0.3"),
@@ -226,7 +267,7 @@ def test_a_thousand_episodes_wait_for_their_tools_at_once():
 
 ORPHANS = """
 import os, time
-from rollouts import Row
+from rollouts import Row, from_rows
 from tasks import Episode, Task
 from workers import Workers
 task = Task(None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from conftest import ROOT, lines
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import grpo
 import report
 import sft
 import weights
@@ -64,6 +66,8 @@ def told(**info) -> Rollouts:
 )
 def test_where_a_run_starts(world, tmp_path, capfd, resume, own, restart, starts, keeps):
     folder, world.restart = tmp_path / "r", restart
+    if restart:  # after a start that came to this folder
+        world.store.set("nanoforge/folder", "chosen")
     folder.mkdir()
     (folder / "config.yaml").write_text("")
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 0}) + "\n")
@@ -75,6 +79,35 @@ def test_where_a_run_starts(world, tmp_path, capfd, resume, own, restart, starts
     assert (tmp_path / "r.1/metrics.jsonl").exists() != keeps
     without = "resume=auto: no checkpoint in" in capfd.readouterr().err
     assert without == (resume == "auto" and own is None)
+
+
+def test_a_restart_before_the_folder_was_taken_is_a_start(world, tmp_path):
+    """The first try died in its imports: what is in the folder is another run's."""
+    for folder, restarted, lost in (("r", 1, True), ("r", 2, False)):
+        world.restart = restarted
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "config.yaml").write_text("")
+        own = checkpoint(tmp_path / folder, 2)
+        assert (
+            (start(world, tmp_path / folder).checkpoint is None)
+            == lost
+            != (pathlib.Path(own).exists())
+        )
+
+
+def test_a_stop_s_checkpoint_need_not_be_judged(world, tmp_path):
+    """Its last evaluation was cut short; that of a crash is made again from the one before."""
+    run = start(world, tmp_path / "r")
+    run.cfg = grpo.Config(eval_every=5, resume="auto")
+    before, last = (pathlib.Path(checkpoint(run.folder, step)) for step in (3, 6))
+    assert run.unjudged(last) == "version 5 was not yet judged" and run.unjudged(before) == ""
+    run.cfg.resume = str(last)  # the user's own word
+    assert run.unjudged(last) == ""
+    run.cfg.resume = "auto"
+    trainer = Trainer(sft.Config(model=str(CALCULATOR)), world)
+    trainer.version = 6
+    run.stopped(trainer, 6, told())
+    assert (last / "stopped").exists() and run.unjudged(last) == ""
 
 
 def test_lines_of_steps_to_be_done_again_are_forgotten(world, tmp_path):
@@ -204,6 +237,8 @@ def test_what_is_being_written_is_awaited_after_a_signal(tmp_path, phase, waits)
     process.send_signal(signal.SIGTERM)
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and ("written\n" in rest) == waits, (said, rest)
+    if phase != "no store":  # its loss is another fault
+        assert "cut short in train, stop_seconds=0.5 after the signal" in rest
     assert time.monotonic() - start < 10
 
 

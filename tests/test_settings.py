@@ -91,6 +91,7 @@ def start(*argv, script=grpo):
         (["--sleep=yes"], "sleep"),
         (["--max_new_tokens=1000"], "has 256 positions"),
         (["--model=/nowhere"], "no model there"),
+        (["--temperature=0.005"], "temperature=0.005: must be at least 0.01"),
         ([f"--model={ROOT}/assets/blank"], "no weights in this folder"),
     ],
 )
@@ -199,8 +200,14 @@ def test_a_users_file_that_does_not_load(tmp_path, text, sentence):
 def test_command_line_wins_over_yaml_wins_over_default(ranks, tmp_path):
     ranks(3)
     (tmp_path / "a.yaml").write_text("lr: 1e-6\nsteps: 7\n")
-    cfg, _ = start(f"--config={tmp_path}/a.yaml", "--steps=8")
-    assert (cfg.lr, cfg.steps, cfg.group_size) == (1e-6, 8, grpo.Config.group_size)
+    file = f"{tmp_path}/a.yaml"
+    for before, after in (
+        ([f"--config={file}"], []),
+        (["--config", file], []),
+        ([], ["--config", file]),
+    ):
+        cfg, _ = start(*before, "--steps=8", *after)  # wherever the file stands
+        assert (cfg.lr, cfg.steps, cfg.group_size) == (1e-6, 8, grpo.Config.group_size)
     assert start("--lr=1", script=sft)[0].lr == 1.0
 
 
