@@ -36,7 +36,7 @@ class Generator:
         self.complete: dict[int, list[Row]] = {}  # batch -> rows of complete groups
         self.refills: dict[int, list[float]] = {}  # batch -> rewards of groups drawn again
         self.open: dict[int, int] = {}  # batch -> rows admitted and not complete
-        self.judged: list[Row] = []  # rows of the present evaluation that have their reward
+        self.judged, self.later = [], []  # rows of an evaluation: with their reward; not yet asked
         self.queue: list[tuple] = []  # requests for the next engine step
         self.taken: dict[int, int] = {}  # batch -> times this engine asked for a slot
         self.batch = version  # the batch that slots are taken from
@@ -168,7 +168,7 @@ class Generator:
         problems = self.task.heldout[: self.cfg.eval_size] if self.cfg.eval_size else []
         for slot in range(self.world.engine, len(problems), len(self.world.engines)):
             for reply in range(self.cfg.eval_samples):
-                self.start(Row(self.version, slot, 0, reply, Episode(problems[slot]), True))
+                self.later += [Row(self.version, slot, 0, reply, Episode(problems[slot]), True)]
 
     def start_group(self, batch: int, slot: int, attempt: int):
         problem = self.task.problem(batch, slot, attempt)
@@ -262,7 +262,9 @@ class Generator:
             if self.world.leads:
                 self.apply_jobs()
                 if not done():
-                    self.admit()
+                    self.admit()  # first: what is trained has no wait for what is judged
+                    while self.later and len(self.rows) < self.cfg.max_num_seqs:
+                        self.start(self.later.pop(0))
                     requests, self.queue = [self.queue], []
             if len(self.world.engine_ranks) > 1:
                 first, group = self.world.engine_ranks[0], self.world.engine_group
@@ -312,7 +314,7 @@ class Generator:
         version; its standard error is over problems, whose samples are averaged first."""
         if not self.world.generates:
             return
-        self.run_until(lambda: self.world.stopping or not self.open.get(EVALUATION))
+        self.run_until(lambda: self.world.stopping or not (self.later or self.open.get(EVALUATION)))
         problems: dict[int, list[float]] = {}
         for row in self.judged:
             problems.setdefault(row.slot, []).append(sum(row.paid))

@@ -163,8 +163,7 @@ def reinforce(logprobs, rows, cfg):
 
 # dr_grpo: GRPO with a fixed divisor and no std, as `auto` says below (arXiv 2503.20783, 3.2).
 LOSSES = {f.__name__: f for f in (grpo, dapo, cispo, gspo, sapo, reinforce)} | {"dr_grpo": grpo}
-# What `auto` (for the clip: -1) means: GRPO's, but for what a loss names. GRPO's paper has
-# `sequence`; `token` is DAPO's cure of the length bias that it brings.
+# What `auto` (of the clip: -1) means: GRPO's, with DAPO's `token`, but for what a loss names.
 OWN = {
     "grpo": {"aggregation": "token", "advantage": "mean_std", "clip_low": 0.2, "clip_high": 0.28},
     "dr_grpo": {"aggregation": "fixed", "advantage": "mean", "clip_high": 0.2},
