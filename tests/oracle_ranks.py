@@ -49,7 +49,7 @@ def main(out: str):
     found = []
     for cfg.max_new_tokens, cfg.max_turns in LIMITS:
         weights.sync(trainer, generator, world)  # a new version: its evaluation is admitted
-        generator.run_until(lambda: not generator.open[EVALUATION])
+        generator.run_until(lambda: not (generator.later or generator.open.get(EVALUATION)))
         rows = sorted(generator.judged, key=lambda row: row.slot)
         found.append([{k: getattr(r, k) for k in ("tokens", "mask", "finished")} for r in rows])
     pathlib.Path(out).write_text(json.dumps(found))
