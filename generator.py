@@ -263,7 +263,7 @@ class Generator:
                 self.apply_jobs()
                 if not done():
                     self.admit()  # first: what is trained has no wait for what is judged
-                    while self.later and len(self.rows) < self.cfg.max_num_seqs:
+                    while self.later and len(self.rows) + len(self.workers) < self.cfg.max_num_seqs:
                         self.start(self.later.pop(0))
                     requests, self.queue = [self.queue], []
             if len(self.world.engine_ranks) > 1:

@@ -97,7 +97,7 @@ class Run:
         was lost with the run. The checkpoint before, if there is one, makes it again."""
         version, cfg, metrics = step_of(path) - 1, self.cfg, self.folder / "metrics.jsonl"
         judges = getattr(cfg, "eval_samples", 0) and cfg.eval_size and cfg.eval_every
-        wanted = cfg.resume not in ("no", "auto") or (path / "stopped").exists()
+        wanted = self.checkpoint == cfg.resume or (path / "stopped").exists()
         if wanted or not judges or version % judges:
             return ""
         lines = report.read_lines(metrics) if metrics.exists() else []

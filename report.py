@@ -62,6 +62,7 @@ def forget(run, start: int):
     if (trace := run.folder / "trace.json").exists():
         step = re.compile(r'"step": (\d+)')  # a rank's name has none
         lines = trace.read_text().splitlines(True)
+        lines = [x for x in lines if x.endswith("\n")]  # a kill may have torn the last one
         lines = [x for x in lines if not (found := step.search(x)) or int(found[1]) < start]
         trace.write_text("".join(lines))
 
@@ -147,8 +148,10 @@ def after(data, trainer, run):
         run.say(left_out(data))
     if data and (end := end_of_turn(data.tokenizer)) is not None:
         config = trainer.policy.lm.generation_config
-        known = config.eos_token_id if isinstance(config.eos_token_id, list) else []
-        config.eos_token_id = sorted({*known, end, data.tokenizer.eos_token_id})
+        known = (
+            config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        )
+        config.eos_token_id = sorted({*known, end, data.tokenizer.eos_token_id} - {None})
 
 
 def end_of_turn(tokenizer) -> int | None:

@@ -255,7 +255,7 @@ def watch(world: World, run: Run):
             time.sleep(0.1)
         HEART.say(dead)  # if a rank is, that is why torchrun tells this one to stop
         with contextlib.suppress(Exception):
-            if world.writes and not dead and not world.has_failed():
+            if world.writes and HEART.phase != "the loop" and not dead and not world.has_failed():
                 limit = f"stop_seconds={run.cfg.stop_seconds:g} after the signal"
                 run.say(f"\ncut short in {HEART.phase}, {limit}: this step is not saved")
             run.finish(says=not world.has_failed())

@@ -192,8 +192,8 @@ class Trainer:
                 (folder / f"partial-{self.version}").mkdir(parents=True)
             dist.barrier(group=self.world.trainers)
             i, n = self.world.trainer_index, len(self.world.shards[0])  # from n on: copies
-            own, at = {}, {}
-            for name, x in self.state().items() if i < n else ():
+            own, at, state = {}, {}, self.state()
+            for name, x in state.items() if i < n else ():
                 if len(part := x.to_local()):  # FSDP2 gives ceil(rows / n) to each, as they last
                     own[name] = part.to("cpu", copy=True)
                     at[name] = {"saved_offsets": [-len(x) // n * -i] + [0] * (x.dim() - 1)}
@@ -209,7 +209,7 @@ class Trainer:
         try:  # dcp.save would make the file in memory first, and hold up all other threads
             save_file(own, file, {"DCP_SHARDING_INFO": json.dumps(at)})
             with open(file, "rb") as written:
-                os.fsync(written.fileno())
+                os.fchmod(written.fileno(), 0o644), os.fsync(written.fileno())  # it makes 0o600
         except Exception as error:
             why = " ".join(str(error).split())
         dist.all_gather_object(said, why, group=self.world.savers)

@@ -58,6 +58,8 @@ def test_readme_has_the_lines_and_the_loop_as_they_stand():
     text = (ROOT / "README.md").read_text()
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in CORE}
     assert f"One file per component, {sum(lines.values()):,} lines in all" in text
+    lines["report"] = len((ROOT / "report.py").read_text().splitlines())
+    assert f"and {lines['report']} that draw the report" in text
     for name, count in lines.items():
         assert f"| `{name}.py` | {count} |" in text, name
     code = (ROOT / "grpo.py").read_text()

@@ -101,7 +101,7 @@ def test_a_stop_s_checkpoint_need_not_be_judged(world, tmp_path):
     run.cfg = grpo.Config(eval_every=5, resume="auto")
     before, last = (pathlib.Path(checkpoint(run.folder, step)) for step in (3, 6))
     assert run.unjudged(last) == "version 5 was not yet judged" and run.unjudged(before) == ""
-    run.cfg.resume = str(last)  # the user's own word
+    run.cfg.resume = run.checkpoint = str(last)  # the user's own word
     assert run.unjudged(last) == ""
     run.cfg.resume = "auto"
     trainer = Trainer(sft.Config(model=str(CALCULATOR)), world)
