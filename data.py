@@ -136,7 +136,7 @@ class Examples:
 
     def begin(self):
         """A thread makes the next table, while a GPU works on another."""
-        if not self.ahead and self.next < self.steps:  # none behind the last: it would be counted
+        if self.next < self.steps:  # none behind the last: what is left out of it would be counted
             self.ahead = self.thread.submit(self.read, self.next)
 
     def read(self, step: int) -> Rollouts:

@@ -1,7 +1,7 @@
 """Advantages, policy losses and their divisors: pure functions of tensors. A loss is
 `loss(logprobs (B, T), rows, cfg) -> (sum, {name: sum})`, over the tokens it was given; the trainer
 divides once, by `divisor` of the whole mini-batch, so no split into micro-batches or ranks changes
-the gradient. A token counts its row's `share`: `shares` and `divisor` are the aggregation."""
+the gradient. A token counts by its row's `share`: `shares` and `divisor` are the aggregation."""
 
 import math
 

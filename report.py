@@ -128,29 +128,30 @@ def left_out(data) -> str:
     return f"of {data.seen} examples {', '.join(said)}" if said else ""
 
 
-def before(data, world, config, weights: bool) -> str:
-    """What a person should know before the first step of SFT. The steps of `epochs` are known now:
-    config.yaml says them."""
+def before(data, run, config, weights: bool):
+    """Say what a person should know before the first step of SFT. The steps that `epochs` make are
+    known now: config.yaml has them."""
     cfg, tokenizer = dataclasses.replace(data.cfg, steps=data.steps), data.tokenizer
-    write_config(pathlib.Path(cfg.run_dir), cfg, world.size)
+    write_config(run.folder, cfg, run.world.size)
     said = [] if weights else [f"{cfg.model} has no weights: random ones"]
     if (end := end_of_turn(tokenizer)) is not None:
         what = f"the chat template ends a turn with {tokenizer.decode([end])!r}"
         said += [
             f"{what}, not with the EOS {tokenizer.eos_token!r}: generation_config.json has both"
         ]
-    return "\n".join(filter(None, [*said, left_out(data), memory(cfg, world, config)[0]]))
+    said += [left_out(data), memory(cfg, run.world, config)[0]]
+    run.say("\n".join(filter(None, said)))
 
 
 def after(data, trainer, run):
-    """What the first trainer adds to SFT's weights: how a turn ends, where EOS does not."""
+    """Say what of a stream was left out, and let the export name the template's end of turn where
+    that is not EOS. The first trainer alone has `data`."""
     if data and data.cfg.streaming:
         run.say(left_out(data))
     if data and (end := end_of_turn(data.tokenizer)) is not None:
         config = trainer.policy.lm.generation_config
-        known = (
-            config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        )
+        known = config.eos_token_id
+        known = known if isinstance(known, list) else [known]
         config.eos_token_id = sorted({*known, end, data.tokenizer.eos_token_id} - {None})
 
 

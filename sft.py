@@ -107,7 +107,7 @@ def main(cfg: Config, world, run):
     tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
     data = Examples(cfg, tokenizer) if world.leads else None
     if data:
-        run.say(report.before(data, world, check_config(cfg.model), has_weights(cfg.model)))
+        report.before(data, run, check_config(cfg.model), has_weights(cfg.model))
     cfg.steps, names = world.agree(data and (data.steps, list(data.heldout)))
     trainer, n = Trainer(cfg, world, tokenizer), cfg.tokens_per_microbatch
     heldout = {k: gather(data.heldout[k] if data else Rollouts(), world, n) for k in names}
@@ -117,8 +117,6 @@ def main(cfg: Config, world, run):
         rollouts = gather(data.batch(step) if data else Rollouts(), world, n)  # each its share
         if rollouts.stop:
             return run.stopped(trainer, step, rollouts)
-        if data and not world.cuda:
-            data.begin()  # a GPU gets its work first
         metrics = trainer.step(rollouts, sft_loss, meanwhile=data and data.begin)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and heldout:
             metrics |= trainer.evaluate(heldout, sft_loss)

@@ -28,7 +28,7 @@ class Episode:
 
 
 class Task:
-    """Fill `train` and `heldout`, list your rewards; --task_settings.NAME=... sets attributes."""
+    """Subclass it: fill `train`, `heldout`, list your rewards. --task_settings.NAME=... sets it."""
 
     system: str = ""  # system prompt, for models with a chat template
     template: str = ""  # a chat template (Jinja) in place of the model's own
@@ -49,7 +49,8 @@ class Task:
             if kind not in (str, int, float, bool, list, dict) or not fits:
                 raise UserError(f"task_settings.{name}={value!r}: not a setting of task={cfg.task}")
             setattr(self, name, {**old, **value} if kind is dict else kind(value))
-        # Functions of an Episode -> float, or a list: what each turn earned. Weighted, they add up.
+        # Functions of an Episode -> float, or a list: what each turn of the policy has earned.
+        # Logged by their names; an episode's reward is their weighted sum.
         self.rewards = [self.correct]
         self.permutation = functools.lru_cache(1)(permutation)  # of the present epoch
 
@@ -58,8 +59,9 @@ class Task:
         return float(episode.text.strip() == str(episode.problem["answer"]))
 
     def reply(self, episode: Episode) -> str | list[dict] | None:
-        """The environment's answer to a turn of the policy; None ends the episode. Text goes on
-        after a `stop` character; after EOS it, or a list of messages, goes by the chat template."""
+        """The environment's answer to each turn of the policy; None ends the episode. Text goes on
+        after a `stop` character; after EOS it is the user's next message, by the model's chat
+        template. A list is messages, with `role` and `content`."""
         return None
 
     def problem(self, step: int, slot: int, attempt: int = 0) -> dict:

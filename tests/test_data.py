@@ -1,6 +1,7 @@
 """Data for SFT: forms, masks, sources and their weights, bad rows, batches, streams."""
 
 import contextlib
+import io
 import json
 import re
 import shutil
@@ -111,8 +112,10 @@ def test_a_template_that_ends_a_turn_otherwise_than_eos(world, tmp_path):
     path = write(tmp_path / "a.jsonl", *sums(20))
     made = start(world, tmp_path / "r", model=str(model), data=path, epochs=1.0)
     data = Examples(made.cfg, tokenizer)
-    said = report.before(data, world, check_config(str(model)), True)
-    assert "the chat template ends a turn with '<bos>', not with the EOS '<eos>'" in said
+    made.screen = io.StringIO()
+    report.before(data, made, check_config(str(model)), True)
+    said = "the chat template ends a turn with '<bos>', not with the EOS '<eos>'"
+    assert said in made.screen.getvalue()
     assert f"steps: {data.steps}\n" in (made.folder / "config.yaml").read_text()  # not the default
     trainer = Trainer(made.cfg, world, tokenizer)
     report.after(data, trainer, made)
